@@ -1,0 +1,10 @@
+// fastgen._C: raw buffers in, raw buffers out. Shapes, dtypes and contiguity are the callers' business (fastgen/ops).
+#include <pybind11/pybind11.h>
+
+#include "isa.h"
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of fastgen; private, called by fastgen.ops.";
+    m.def("isa", &fastgen::isa_name, "The instruction set that the kernels run on.");
+    m.def("set_isa", &fastgen::set_isa, "Choose a lesser instruction set (tests).");
+}

@@ -1,0 +1,75 @@
+"""Checks of what users hand in: each names the argument, what was expected and what came."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class UserError(ValueError):
+    """Something the user can mend: the command line prints it as it is and exits with status 2."""
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: Any) -> str:
+    """`float32 [4, 8] on cpu` for a tensor, else its type and value."""
+    if isinstance(value, Tensor):
+        return f"{short(value.dtype)} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATS, ndim: tuple[int, ...] | None = None) -> Tensor:
+    """`value` itself, a dense tensor of one of `dtypes` with one of the `ndim` numbers of dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
+    if ndim is not None and value.ndim not in ndim:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, ndim))} dimensions, got shape {list(value.shape)}")
+    return value
+
+
+def same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` has the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {short(other.dtype)}, got {short(value.dtype)}")
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def number(name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> float:
+    """A finite float within the bounds; `above` is exclusive."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    bounds = [f"> {above}"] * (above is not None) + [f">= {least}"] * (least is not None) + [f"<= {most}"] * (most is not None)
+    inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
+    if value - value != 0 or not inside:
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value!r}")
+    return float(value)
+
+
+def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if (least is not None and value < least) or (most is not None and value > most):
+        bounds = [f">= {least}"] * (least is not None) + [f"<= {most}"] * (most is not None)
+        raise ValueError(f"{name}: expected an integer {' and '.join(bounds)}, got {value}")
+    return value
+
+
+def not_built(name: str, value: Any, works: str) -> NoReturn:
+    """An option of the public surface whose kernel is not there yet: never quietly another computation."""
+    raise NotImplementedError(f"{name}={value!r} is not built yet; what works: {works}")

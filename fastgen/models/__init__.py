@@ -1,0 +1,1 @@
+"""Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`."""

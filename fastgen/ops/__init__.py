@@ -1,0 +1,1 @@
+"""`torch.library` schemas, fakes and the choice of kernel. Private: call `fastgen.functional`."""

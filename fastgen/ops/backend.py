@@ -1,0 +1,71 @@
+"""Which kernel an op runs: C++ on the CPU, Triton on the GPU, the torch reference where neither is there."""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+_forced: str | None = None
+
+CPP = frozenset({"mmd", "langevin"})
+TRITON = frozenset({"mmd", "langevin"})
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """`fastgen._C`, or None where it was not built."""
+    if importlib.util.find_spec("fastgen._C") is None:
+        return None
+    return importlib.import_module("fastgen._C")
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(family: str, device: torch.device) -> str:
+    """'cpp', 'triton' or 'reference'; a reference run for want of a build warns once."""
+    if _forced is not None:
+        return _forced
+    chosen, reason = explain(family, device.type)
+    if chosen == "reference" and family in CPP | TRITON:
+        _warn_once(family, device.type, reason)
+    return chosen
+
+
+def explain(family: str, device_type: str) -> tuple[str, str]:
+    """The kernel that `family` runs on such a device, and why."""
+    if device_type == "cpu":
+        if family not in CPP:
+            return "reference", "no C++ kernel for this family yet"
+        module = extension()
+        if module is None:
+            return "reference", "fastgen._C is not built (a C++17 compiler at install time builds it)"
+        return "cpp", f"fastgen._C, {module.isa()}"
+    if family not in TRITON:
+        return "reference", "no Triton kernel for this family yet"
+    if not has_triton():
+        return "reference", "triton is not installed (pip install 'fastgen[triton]')"
+    return "triton", "triton"
+
+
+@functools.cache
+def _warn_once(family: str, device_type: str, reason: str) -> None:
+    warnings.warn(f"fastgen: {family} on {device_type} runs on the plain torch reference: {reason}", stacklevel=4)
+
+
+@contextmanager
+def force(kernel: str) -> Iterator[None]:
+    """Run every op on `kernel` inside the block (tests and benchmarks)."""
+    global _forced
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before

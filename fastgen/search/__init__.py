@@ -1,0 +1,1 @@
+"""Nearest-neighbour search beyond one call: FAISS indexes behind their guards."""

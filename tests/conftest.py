@@ -1,0 +1,48 @@
+"""Fixtures of every floor. The suite refuses to run on the reference by accident: it would test nothing."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before fastgen.kernels loads
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from fastgen.ops import backend
+
+    if backend.extension() is None and os.environ.get("FASTGEN_ALLOW_REFERENCE") != "1":
+        raise pytest.UsageError(
+            "fastgen._C is not built, so the suite would test the reference against itself: "
+            "run `make build`, or set FASTGEN_ALLOW_REFERENCE=1 to mean it"
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest) -> ModuleType:
+    """tests/oracle/<stem>.py for a test in any test_<stem>.py: the naive float64 meaning of the family."""
+    stem = request.path.stem.removeprefix("test_").split("_")[0]
+    spec = importlib.util.spec_from_file_location(f"oracle_{stem}", HERE / "oracle" / f"{stem}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
