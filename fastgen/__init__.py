@@ -22,7 +22,9 @@ class _KernelsBeside(importlib.abc.MetaPathFinder):
 
     folder = Path(__file__).resolve().parent.parent / "kernels"
 
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != "fastgen.kernels":
             return None
         return importlib.util.spec_from_file_location(

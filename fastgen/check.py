@@ -23,7 +23,9 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATS, ndim: tuple[int, ...] | None = None) -> Tensor:
+def tensor(
+    name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATS, ndim: tuple[int, ...] | None = None
+) -> Tensor:
     """`value` itself, a dense tensor of one of `dtypes` with one of the `ndim` numbers of dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -50,11 +52,17 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def number(name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> float:
+def number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> float:
     """A finite float within the bounds; `above` is exclusive."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    bounds = [f"> {above}"] * (above is not None) + [f">= {least}"] * (least is not None) + [f"<= {most}"] * (most is not None)
+    bounds = (
+        [f"> {above}"] * (above is not None)
+        + [f">= {least}"] * (least is not None)
+        + [f"<= {most}"] * (most is not None)
+    )
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
     if value - value != 0 or not inside:
         raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value!r}")

@@ -1,0 +1,118 @@
+"""Compile every kernel ahead of time, without a GPU, and read the machine code.
+
+    python -m fastgen.kernels.aot                 one configuration of each kernel, every target
+    python -m fastgen.kernels.aot --all           every configuration of the launch table (make check-kernels)
+    python -m fastgen.kernels.aot mmd --target sm_90
+
+prints one JSON object a line. A family's kernel module lists what it launches as `aot_specs() -> list[Spec]`, the
+configuration that the tests compile first.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("mmd", "langevin")
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One launch of one kernel: everything that its machine code depends on."""
+
+    name: str  # kernel and configuration, unique within the family
+    kernel: Any  # the @triton.jit function
+    signature: dict[str, str]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr"
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
+
+
+def compile_spec(spec: Spec, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(spec.signature)
+    # Torch allocations are aligned: the launcher would specialise on it too.
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in spec.signature.items() if kind.startswith("*")}
+    source = ASTSource(spec.kernel, dict(spec.signature), constexprs=dict(spec.constexprs), attrs=attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def machine_code(compiled: Any) -> dict[str, Any]:
+    """Registers, stack (spill) bytes and instruction counts of an sm_* binary, from cuobjdump and nvdisasm."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass)
+    return {
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]) + int(found["LOCAL"]),
+        "opcodes": dict(collections.Counter(opcodes).most_common()),
+    }
+
+
+def check(spec: Spec, target: str) -> dict[str, Any]:
+    compiled = compile_spec(spec, target)
+    row: dict[str, Any] = {"kernel": spec.name, "target": target, "shared": compiled.metadata.shared}
+    if target.startswith("sm_"):
+        row.update(machine_code(compiled))
+    return row
+
+
+def specs(families: tuple[str, ...], every: bool) -> Iterator[Spec]:
+    for family in families:
+        listed: list[Spec] = importlib.import_module(f"fastgen.kernels.{family}").aot_specs()
+        kernels: set[str] = set()
+        for spec in listed:
+            if every or spec.kernel.__name__ not in kernels:
+                yield spec
+            kernels.add(spec.kernel.__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="*", choices=[*FAMILIES, []], default=[])
+    parser.add_argument("--all", action="store_true", help="every configuration, not one a kernel")
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 turns the compiler off: unset it")
+    failed = 0
+    for spec in specs(tuple(arguments.family) or FAMILIES, arguments.all):
+        for target in arguments.target or TARGETS:
+            try:
+                row = check(spec, target)
+            except Exception as error:  # one kernel that does not compile must not hide the others
+                failed += 1
+                row = {"kernel": spec.name, "target": target, "error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(row), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
