@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, installed as `fastgen.kernels`. Imports torch and triton only; nothing here is public."""
+"""Triton kernels and their launchers, installed as `fastgen.kernels`: imports torch and triton only, nothing public."""
