@@ -171,9 +171,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     eager = {row["work"]: row["seconds"] for row in rows if row["provider"] == "eager" and "seconds" in row}
     for row in rows:
         if row["status"] != "ok":
-            lines.append(
-                f"| {row['work']} | {row['provider']} | {row['status']} | | | {row.get('error', row.get('reason', ''))} |"
-            )
+            why = row.get("error", row.get("reason", ""))
+            lines.append(f"| {row['work']} | {row['provider']} | {row['status']} | | | {why} |")
             continue
         base = eager.get(row["work"])
         ratio = f"{base / row['seconds']:.1f}×" if base else ""
