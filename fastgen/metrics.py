@@ -1,0 +1,84 @@
+"""How good samples are, by our own kernels: KID, precision, recall, density, coverage, and a classifier's view.
+
+All of them compare features; none is called FID or Inception anything, since the features are not Inception's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen import check
+from fastgen.functional import Polynomial, mmd, nearest
+
+
+def kid(real: Tensor, fake: Tensor) -> float:
+    """Kernel distance: the unbiased MMD² with the kernel (⟨x, y⟩/D + 1)³ over all pairs, without subsets.
+
+    real, fake: [N, D] and [M, D] float32 features. May be slightly negative for equal distributions.
+
+    Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018; the original averages over subsets of 1,000.
+    """
+    return float(mmd(real, fake, kernel=Polynomial(degree=3, gamma=None, coef=1.0), estimator="unbiased"))
+
+
+class Manifold(NamedTuple):
+    """precision and recall (shares), density (may exceed 1), coverage (share)."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Manifold:
+    """Improved precision and recall, density and coverage from balls to the k-th nearest neighbour.
+
+    real, fake: [N, D] and [M, D] features; k: the neighbour, itself not counted, that a point's ball reaches to; memory
+    O(block·M) beside the features.
+
+    precision: share of fake points inside some real ball; recall: the other way round; density: real balls that hold a
+    fake point, over k; coverage: share of real balls that hold a fake point.
+
+    Source: Kynkäänniemi et al., NeurIPS 2019; Naeem et al., ICML 2020.
+    """
+    check.tensor("real", real, ndim=(2,))
+    check.tensor("fake", fake, ndim=(2,))
+    check.same("fake", fake, "real", real)
+    for name, points in (("real", real), ("fake", fake)):
+        if len(points) <= k:
+            raise ValueError(f"{name}: expected more than k = {k} points, got {len(points)}")
+    real_radius, fake_radius = _radius(real, k), _radius(fake, k)
+    hits = torch.zeros(len(fake), dtype=torch.int64)
+    inside_fake = torch.zeros(len(real), dtype=torch.bool)
+    for start in range(0, len(real), block):
+        part = slice(start, start + block)
+        distance = torch.cdist(real[part].double(), fake.double()).square()
+        hits += (distance < real_radius[part, None]).sum(0)
+        inside_fake[part] = (distance < fake_radius).any(1)
+    covered = nearest(real, fake).distance[:, 0] < real_radius
+    return Manifold(
+        precision=float((hits > 0).double().mean()),
+        recall=float(inside_fake.double().mean()),
+        density=float(hits.double().mean() / k),
+        coverage=float(covered.double().mean()),
+    )
+
+
+def _radius(points: Tensor, k: int) -> Tensor:
+    """Squared distance to the k-th neighbour; the nearest of the k + 1 is the point itself or its double."""
+    return nearest(points, points, k + 1).distance[:, k]
+
+
+class Certainty(NamedTuple):
+    """confident: share of images with softmax above 0.9; rarest_class: the smallest share that a class gets."""
+
+    confident: float
+    rarest_class: float
+
+
+def certainty(logits: Tensor) -> Certainty:
+    """logits: [N, classes] of a classifier of the data's own classes."""
+    probability = logits.softmax(1)
+    share = probability.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)
+    return Certainty(float((probability.amax(1) > 0.9).double().mean()), float(share.min()))

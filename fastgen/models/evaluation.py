@@ -1,0 +1,80 @@
+"""The figures of a trained model, beside those of real data (the floor) and of a Gaussian (the baseline)."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import metrics
+from fastgen.check import UserError
+from fastgen.data import Images
+from fastgen.models.classifier import Classifier, fit_classifier
+from fastgen.models.run import Run, write_json
+
+SEEDS = (0, 1, 2)
+
+
+class Gaussian:
+    """The baseline: a Gaussian fitted to the first `rank` principal components of the training images."""
+
+    def __init__(self, images: Tensor, rank: int = 50) -> None:
+        self.shape = images.shape[1:]
+        flat = images.flatten(1).double()
+        self.mean = flat.mean(0)
+        value, vector = torch.linalg.eigh((flat - self.mean).T @ (flat - self.mean) / (len(flat) - 1))
+        self.factor = vector[:, -rank:] * value[-rank:].clamp_min(0).sqrt()
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        noise = torch.randn(n, self.factor.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return (self.mean + noise @ self.factor.T).clamp(0, 1).float().unflatten(1, self.shape)
+
+
+class _Real:
+    """Real training images as if they were samples."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
+        return self.images[order[:n]]
+
+
+def figures(samples: Tensor, reference: Tensor, classifier: Classifier) -> dict[str, float]:
+    """kid, precision, recall, density, coverage, confident, rarest_class of `samples` against test features."""
+    features = classifier.features(samples)
+    return {
+        "kid": metrics.kid(reference, features),
+        **metrics.manifold(reference, features)._asdict(),
+        **metrics.certainty(classifier.logits(samples))._asdict(),
+    }
+
+
+def evaluate(run: Run, model: Any, images: Images, *, name: str) -> dict[str, Any]:
+    """Measure and write `metrics.json`: the mean over three sampling seeds and, under `spread`, least and most.
+
+    As many samples as there are test images are drawn for each seed. Needs labels.
+    """
+    if images.train_label is None or images.test_label is None:
+        raise UserError(f"data: evaluation needs labels, {images.name} has none")
+    start = time.perf_counter()
+    classifier = fit_classifier(images)
+    right = classifier.logits(images.test).argmax(1) == images.test_label
+    run_seconds = {"classifier": time.perf_counter() - start}
+    start = time.perf_counter()
+    reference = classifier.features(images.test)
+    result: dict[str, Any] = {}
+    for who, source in {"real": _Real(images.train), "gaussian": Gaussian(images.train), name: model}.items():
+        rows = [figures(source.sample(len(images.test), seed=seed), reference, classifier) for seed in SEEDS]
+        result[who] = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        result[who]["spread"] = {key: [min(row[key] for row in rows), max(row[key] for row in rows)] for key in rows[0]}
+    run_seconds["metrics"] = time.perf_counter() - start
+    result["classifier_accuracy"] = float(right.double().mean())
+    result["samples"] = len(images.test)
+    # Replaced, not summed: a second evaluation is not a longer one.
+    result["seconds"] = {**run.seconds(), **run_seconds}
+    run.note_peak("evaluate")
+    result["peak_rss"] = run.read("peak_rss.json")
+    write_json(run.path / "metrics.json", result)
+    return result

@@ -1,0 +1,171 @@
+"""GLANN: GLO learns a generator with a latent for each image, IMLE learns to draw such latents from noise."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastgen import check, data
+from fastgen.models.glo import GLO, initial_latents
+from fastgen.models.imle import LatentIMLE
+from fastgen.models.networks import in_batches
+from fastgen.models.run import Run, generator, row_loader
+from fastgen.nn import PerceptualLoss
+
+NAME = "glann"
+
+
+class GLANN:
+    """Generative latent nearest neighbours: x = G(T(e)), e ~ N(0, I).
+
+    Stage 1 (GLO) learns the generator G and a latent on the unit sphere for each image under a perceptual loss; stage 2
+    (IMLE) learns the mapper T from noise, so that every latent has a mapped noise near it.
+
+    Source: Hoshen and Malik, Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors, CVPR 2019. What
+    differs from the official code stands in `GLO` and `LatentIMLE`, and: the perceptual trunk is frozen and features
+    of the targets are computed once (2 network passes a step for its 6); latents start from principal components.
+
+    Args:
+        latent_dim: size of a latent.
+        latent_init: "pca" (normalised principal-component scores) or "random" (as in the paper).
+        width: channels of the generator's last hidden layer.
+        trunk: the perceptual network: "efficientnet-lite0" (weights come with the extra `train`), "vgg16",
+            "alexnet" or "squeezenet1_1" (weights from torch hub's cache).
+        layers: its layers that are compared.
+        pixel_weight: of the mean absolute pixel difference beside the features.
+        glo_epochs: epochs of stage 1.
+        glo_batch: images a step of stage 1.
+        generator_lr: Adam's step size for the generator, at the start.
+        latent_lr: Adam's step size for the latents, at the start.
+        noise_dim: size of the mapper's noise.
+        hidden: width of the mapper's hidden layers.
+        hidden_layers: their number.
+        imle_epochs: epochs of stage 2.
+        imle_batch: latents a step of stage 2.
+        imle_lr: Adam's step size for the mapper.
+        pool: noises drawn for each latent in each epoch.
+        seed: of everything drawn in training.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 64,
+        latent_init: Literal["pca", "random"] = "pca",
+        width: int = 32,
+        trunk: str = "efficientnet-lite0",
+        layers: Sequence[str] | None = None,
+        pixel_weight: float = 1.0,
+        glo_epochs: int = 45,
+        glo_batch: int = 64,
+        generator_lr: float = 1e-3,
+        latent_lr: float = 1e-2,
+        noise_dim: int = 64,
+        hidden: int = 512,
+        hidden_layers: int = 2,
+        imle_epochs: int = 150,
+        imle_batch: int = 64,
+        imle_lr: float = 1e-3,
+        pool: int = 10,
+        seed: int = 0,
+    ) -> None:
+        counts = {
+            "latent_dim": latent_dim,
+            "width": width,
+            "glo_epochs": glo_epochs,
+            "noise_dim": noise_dim,
+            "hidden": hidden,
+        }
+        counts |= {"hidden_layers": hidden_layers, "imle_epochs": imle_epochs, "pool": pool}
+        for name, value in counts.items():
+            check.integer(name, value, least=1)
+        for name, value in {"glo_batch": glo_batch, "imle_batch": imle_batch}.items():
+            check.integer(name, value, least=2)  # BatchNorm has no statistics of one row
+        for name, rate in {"generator_lr": generator_lr, "latent_lr": latent_lr, "imle_lr": imle_lr}.items():
+            check.number(name, rate, above=0)
+        check.number("pixel_weight", pixel_weight, least=0)
+        check.integer("seed", seed, least=0, most=2**31)
+        check.choice("latent_init", latent_init, ("pca", "random"))
+        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
+        self.generator: torch.nn.Module | None = None
+        self.mapper: torch.nn.Module | None = None
+        self.latent: Tensor | None = None
+
+    def fit(
+        self,
+        images: data.Images,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        trainer: dict[str, Any] | None = None,
+    ) -> "GLANN":
+        """Train both stages into the folder `out`, each with its own checkpoint and log.
+
+        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was
+        trainer: more arguments for both stages' lightning.Trainer
+
+        Raises UserError where `out` holds another run, or one that was asked for differently.
+        """
+        record = {"model": NAME, "data": images.name, "arguments": self.arguments}
+        run = Run.start(out, record, resume=resume)
+        a, options = self.arguments, trainer or {}
+        with run.phase("glo"):
+            glo = self._glo(images.train)
+            run.fit("glo", glo, row_loader(len(images.train), a["glo_batch"], a["seed"]), a["glo_epochs"], options)
+        imle = self._imle(glo.latent.weight.detach())
+        loader = row_loader(len(images.train), a["imle_batch"], a["seed"] + 1)
+        with run.phase("imle"):
+            run.fit("imle", imle, loader, a["imle_epochs"], options)
+        # The search is part of the phase just added.
+        run.add_seconds({"imle": -imle.search_seconds, "imle_search": imle.search_seconds})
+        run.note_peak("train")
+        return self._take(glo, imle)
+
+    @classmethod
+    def load(cls, run: Run, images: data.Images) -> "GLANN":
+        """The model of a finished run on the same data."""
+        model = cls(**run.record["arguments"])
+        glo, imle = model._glo(images.train, loss=None), None
+        try:
+            glo.load_state_dict(run.load("glo"))
+            imle = model._imle(glo.latent.weight.detach())
+            imle.load_state_dict(run.load("imle"))
+        except RuntimeError as error:
+            raise check.UserError(f"{run.path}: its checkpoints do not fit its run.json: {error}") from None
+        return model._take(glo, imle)
+
+    def _glo(self, images: Tensor, loss: Any = "make") -> GLO:
+        a = self.arguments
+        if loss == "make":
+            layers = {} if a["layers"] is None else {"layers": list(a["layers"])}
+            loss = PerceptualLoss(a["trunk"], pixel_weight=a["pixel_weight"], **layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"])
+            latent = initial_latents(images, a["latent_dim"], a["latent_init"], generator(a["seed"], 0, 2))
+            steps = a["glo_epochs"] * (len(images) // min(a["glo_batch"], len(images)))
+            rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
+            return GLO(images, loss, latent, width=a["width"], steps=steps, **rates)
+
+    def _imle(self, latent: Tensor) -> LatentIMLE:
+        a = self.arguments
+        shape = {"noise_dim": a["noise_dim"], "hidden": a["hidden"], "layers": a["hidden_layers"]}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"] + 1)
+            return LatentIMLE(latent, **shape, pool=a["pool"], lr=a["imle_lr"], seed=a["seed"])
+
+    def _take(self, glo: GLO, imle: LatentIMLE) -> "GLANN":
+        self.generator, self.mapper = glo.generator.cpu().eval(), imle.mapper.cpu().eval()
+        self.latent = glo.latent.weight.detach().cpu()
+        return self
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] of latents [N, latent_dim]."""
+        assert self.generator is not None, "fit or load first"
+        return in_batches(self.generator, latent, 512)
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
+        assert self.mapper is not None, "fit or load first"
+        noise = torch.randn(n, self.arguments["noise_dim"], generator=torch.Generator().manual_seed(seed))
+        return self.decode(in_batches(self.mapper, noise))

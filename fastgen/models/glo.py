@@ -1,0 +1,100 @@
+"""GLO: a generator and one latent for each training image, learned together by reconstruction."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as tf
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from fastgen.models.networks import Generator
+from fastgen.nn import PerceptualLoss
+
+
+class GLO(LightningModule):
+    """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1.
+
+    images: float32 [N, C, H, W] in [0, 1]; they and the loss's cached target features live on the module's device
+    loss: a perceptual loss; frozen, not part of the checkpoint
+    latent: [N, latent_dim] rows on the unit sphere to start from
+    generator_lr, latent_lr: Adam's (β = .5, .999) at the start; both fall to 0 along a cosine over `steps` steps
+
+    Each step touches the batch's latents alone: SparseAdam keeps moments row by row, and those rows are projected back
+    to the sphere at once. The official code (yedidh/glann) runs dense Adam over all N rows in every step, projects once
+    an epoch, makes its optimiser anew each epoch and lets the perceptual network collect weight gradients.
+
+    Source: Bojanowski et al., Optimizing the Latent Space of Generative Networks, ICML 2018; Hoshen and Malik,
+    Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors, CVPR 2019.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        loss: PerceptualLoss,
+        latent: Tensor,
+        *,
+        width: int,
+        generator_lr: float,
+        latent_lr: float,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator_lr, self.latent_lr, self.steps = generator_lr, latent_lr, steps
+        shape: Any = tuple(images.shape[1:])
+        self.generator = Generator(latent.shape[1], shape, width)
+        self.latent = nn.Embedding.from_pretrained(latent.clone(), freeze=False, sparse=True)
+        # Held out of the module tree: a checkpoint needs neither the data nor the pretrained trunk.
+        self._held: dict[str, Any] = {"images": images, "loss": loss}
+
+    def on_fit_start(self) -> None:
+        loss = self._held["loss"].to(self.device)
+        self._held["target"] = loss.target(self._held["images"].to(self.device))
+
+    def on_fit_end(self) -> None:
+        del self._held["target"]
+
+    def configure_optimizers(self) -> Any:
+        optimisers = [
+            torch.optim.Adam(self.generator.parameters(), self.generator_lr, betas=(0.5, 0.999)),
+            torch.optim.SparseAdam(self.latent.parameters(), self.latent_lr, betas=(0.5, 0.999)),
+        ]
+        return optimisers, [torch.optim.lr_scheduler.CosineAnnealingLR(o, self.steps) for o in optimisers]
+
+    def training_step(self, rows: Tensor, batch_number: int) -> None:
+        optimisers: Any = self.optimizers()
+        reconstruction = self.generator(self.latent(rows))
+        loss = self._held["loss"](reconstruction, self._held["target"][rows]).mean()
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        self.manual_backward(loss)
+        schedules: Any = self.lr_schedulers()
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+        with torch.no_grad():
+            self.latent.weight[rows] = tf.normalize(self.latent.weight[rows], dim=1)
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+
+
+def initial_latents(images: Tensor, latent_dim: int, kind: str, generator: torch.Generator) -> Tensor:
+    """Rows on the unit sphere: "random" as in the paper, or "pca", the images' leading principal-component scores.
+
+    "pca" starts similar images at neighbouring latents, in the proportions that the data has: the prior that IMLE must
+    learn afterwards is then close to a smooth one. Components beyond the data's own rank are random and small.
+    """
+    if kind == "random":
+        return tf.normalize(torch.randn(len(images), latent_dim, generator=generator), dim=1)
+    flat = images.flatten(1).double()
+    flat = flat - flat.mean(0)
+    if flat.shape[1] <= len(flat):
+        scores = flat @ torch.linalg.eigh(flat.T @ flat)[1].flip(1)[:, :latent_dim]
+    else:
+        value, vector = torch.linalg.eigh(flat @ flat.T)
+        scores = (vector * value.clamp_min(0).sqrt()).flip(1)[:, :latent_dim]
+    # An eigenvector's sign is arbitrary: fixed here, so that every LAPACK gives the same start.
+    scores = scores * scores.gather(0, scores.abs().argmax(0, keepdim=True)).sign()
+    if scores.shape[1] < latent_dim:
+        small = 1e-3 * scores.std() * torch.randn(len(images), latent_dim - scores.shape[1], generator=generator)
+        scores = torch.cat([scores, small], 1)
+    return tf.normalize(scores, dim=1).float()

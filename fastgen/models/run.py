@@ -1,0 +1,213 @@
+"""A run's folder: what was asked for, checkpoints, logs, seconds. Nothing in it is overwritten except by itself."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from fastgen import __version__
+from fastgen.check import UserError
+
+
+class Run:
+    """The folder of one training run.
+
+    run.json                  model, data and arguments: what `--resume`, `fastgen sample` and `fastgen evaluate` read
+    <stage>/last.ckpt         the newest whole checkpoint of a stage
+    logs/<stage>/version_*    metrics.csv, one folder a start
+    seconds.json              seconds spent in each phase, summed over resumptions
+    peak_rss.json             bytes of the largest resident set, by command
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} holds no run: expected a folder made by `fastgen train`") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'run.json'} cannot be read: {error}") from None
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], record: dict[str, Any], *, resume: bool) -> "Run":
+        """Claim an empty or new folder, or go on with the run that `path` holds where `resume` is set.
+
+        Raises UserError where the folder holds anything else, or a run that was asked for with other arguments.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"out: expected a folder, {folder} is a file")
+        if (folder / "run.json").exists():
+            if not resume:
+                raise UserError(f"out: {folder} holds another run: give --resume to go on with it, or another folder")
+            run = cls(folder)
+            before = {k: v for k, v in run.record.items() if k != "version"}
+            for key, value in _flat(record).items():
+                if (old := _flat(before).get(key)) != value:
+                    raise UserError(
+                        f"{key}: the run in {folder} has {old!r}, got {value!r}; leave it out to resume that run"
+                    )
+            return run
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"out: {folder} is not empty and holds no run: give another folder")
+        if resume:
+            raise UserError(f"resume: {folder} holds no run yet: leave --resume out to start one")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", {**record, "version": __version__})
+        return cls(folder)
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.path / stage / "last.ckpt"
+
+    def load(self, stage: str) -> dict[str, Any]:
+        """The state_dict of a stage's newest checkpoint. Unpickles tensors and plain data only."""
+        file = self.checkpoint(stage)
+        if not file.exists():
+            raise UserError(f"{self.path} has no {stage} checkpoint yet: train it with --resume")
+        state: dict[str, Any] = read_checkpoint(file)["state_dict"]
+        return state
+
+    def fit(
+        self, stage: str, module: LightningModule, loader: DataLoader, epochs: int, options: dict[str, Any]
+    ) -> None:
+        """Train `module` to `epochs` with Lightning, from the stage's checkpoint where there is one.
+
+        options: more arguments for lightning.Trainer; its callbacks and loggers are added to ours
+        """
+        file = self.checkpoint(stage)
+        found: str | None = None
+        if file.exists():
+            read_checkpoint(file)  # a file cut short is named before Lightning meets it
+            found = str(file)
+        options = dict(options)
+        loggers = options.pop("logger", None) or []
+        callbacks = options.pop("callbacks", None) or []
+        plugins = options.pop("plugins", None) or []
+        trainer = Trainer(
+            max_epochs=epochs,
+            logger=[CSVLogger(self.path / "logs", name=stage), *(loggers if isinstance(loggers, list) else [loggers])],
+            callbacks=[
+                ModelCheckpoint(dirpath=file.parent, filename=file.stem, enable_version_counter=False),
+                *([TQDMProgressBar(refresh_rate=20)] if options.get("enable_progress_bar", True) else []),
+                *(callbacks if isinstance(callbacks, list) else [callbacks]),
+            ],
+            plugins=[WholeFiles(), *(plugins if isinstance(plugins, list) else [plugins])],
+            **{"enable_model_summary": False, "log_every_n_steps": len(loader), **options},
+        )
+        if trainer.world_size > 1:
+            raise UserError(f"trainer.devices: this model trains in one process, got {trainer.world_size}")
+        trainer.fit(module, loader, ckpt_path=found, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to `name` in seconds.json, also where it is broken off."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds({name: time.perf_counter() - start})
+
+    def add_seconds(self, more: dict[str, float]) -> None:
+        seconds = self.seconds()
+        for name, value in more.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        write_json(self.path / "seconds.json", seconds)
+
+    def seconds(self) -> dict[str, float]:
+        return self.read("seconds.json")
+
+    def note_peak(self, command: str) -> None:
+        """Keep the bytes of this process's largest resident set in peak_rss.json, under the command's name."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        write_json(self.path / "peak_rss.json", {**self.read("peak_rss.json"), command: peak})
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; {} where it is not there."""
+        file = self.path / name
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return found
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints written beside and renamed, so that a kill at any moment leaves the last one whole.
+
+    Lightning's own goes through the system's temporary folder, from where a move to another disk is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(file.name + ".part")
+        with open(part, "wb") as out:
+            torch.save(checkpoint, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, file)
+
+
+class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
+    """Shuffled batches of row numbers; the order depends on (seed, epoch) alone, so that a resumed run repeats it."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch = rows, min(batch_size, rows), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:  # Lightning calls it at the start of each epoch
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch, 0))
+        # The rows left over at the end are others in each epoch.
+        yield from order[: len(self) * self.batch_size].split(self.batch_size)
+
+
+class _Rows(torch.utils.data.Dataset[torch.Tensor]):
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+def row_loader(rows: int, batch_size: int, seed: int) -> DataLoader:
+    """Batches of row numbers; the modules hold the data itself on their device."""
+    return DataLoader(_Rows(), sampler=EpochBatches(rows, batch_size, seed), batch_size=None)
+
+
+def generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
+    """Random numbers that depend on (seed, epoch, purpose) alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 16 + purpose)
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        found["state_dict"]
+    except Exception as error:  # torch.load raises a dozen kinds for a file cut short
+        raise UserError(
+            f"{file} cannot be read as a checkpoint ({type(error).__name__}): it is cut short or of another kind; "
+            "move it away and give --resume to train that stage again"
+        ) from None
+    return found
+
+
+def write_json(file: Path, content: Any) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, file)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in record.items() if k != "arguments"}, **record.get("arguments", {})}
