@@ -71,7 +71,7 @@ def _pairs(features0: Any, features1: Any, ndim: tuple[int, ...]) -> list[tuple[
         sides.append([check.tensor(f"{name}[{i}]", f, ndim=ndim) for i, f in enumerate(features)])
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"features1: expected {len(sides[0])} maps as in features0, got {len(sides[1])}")
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for i, (f0, f1) in enumerate(zip(*sides, strict=True)):
         if f1.shape != f0.shape:
             raise ValueError(f"features1[{i}]: expected shape {list(f0.shape)} of features0, got {list(f1.shape)}")
@@ -183,8 +183,8 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
 
     Raises: TypeError or ValueError naming the argument.
 
-    Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same up to the factor
-        1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a
+    Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
+        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a
         sum where a Gaussian would have the product; edges are replicated.
 
     Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.

@@ -22,8 +22,8 @@ HEADS = Path(__file__).parent / "lpips_heads"
 class Features:
     """What a loss keeps of target images: compare with it again and again without the network.
 
-    `features[rows]` (an index tensor, a slice or a mask) picks samples; `features.to(...)` moves or narrows the maps, to
-    bfloat16 say; `Features.cat` joins batches.
+    `features[rows]` (an index tensor, a slice or a mask) picks samples; `features.to(...)` moves or narrows the maps,
+    to bfloat16 say; `Features.cat` joins batches.
     """
 
     maps: tuple[Tensor, ...]
@@ -65,13 +65,13 @@ class PerceptualLoss(nn.Module):
         pixel_weight: what the images' own distance counts, default 0.
         style_weight: Gram matrices are not built yet: 0.
         pad_to: pads smaller images with 0 (black) on all sides to this height and width before the network, as GLANN
-            pads 28 to 32. None, the default, gives the network what comes; EfficientNet-lite0 takes any size, VGG16 needs
-            2^pools.
+            pads 28 to 32. None, the default, gives the network what comes: any size for EfficientNet-lite0, for the
+            others one that their poolings leave something of.
         reduction: "none" for [N], "mean" for a scalar.
 
-    forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own mean
-    and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y never passes
-    through the network again: the same number to the bit for the same batch.
+    forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own
+    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y never
+    passes through the network again: the same number, to the bit for the same batch.
 
     Returns: [N] float32 (float64 for float64 images), or its mean.
 
@@ -249,8 +249,8 @@ class LPIPS(nn.Module):
         pnet_rand: True means a random trunk.
         pnet_tune: True lets the trunk be trained.
         use_dropout: dropout before the heads while they are trained.
-        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk as well.
-            A file without all heads raises, where lpips would leave the rest random.
+        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too. A
+            file without all heads raises, where lpips would leave the rest random.
         eval_mode: True, the default, freezes heads and trunk and pins them to eval mode, whatever a parent's `.train()`
             says (not so under pnet_tune). False trains the heads, as lpips does by default.
         verbose: prints what is set up, as lpips does; False by default here.
@@ -260,8 +260,8 @@ class LPIPS(nn.Module):
         eps_mode: "lpips", or "torchmetrics" for the numbers of torchmetrics' LPIPS.
 
     forward(in0, in1, retPerLayer=False, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in
-    [0, 1]. One of the two may have N = 1 and is then compared with each of the other. in1 may be `lpips.target(images)`,
-    the cached maps of references.
+    [0, 1]. One of the two may have N = 1 and is then compared with each of the other. in1 may be the cached maps of
+    references, `lpips.target(images)`.
 
     Returns: [N, 1, 1, 1] or [N, 1, H, W], float32 (float64 for float64 images); with retPerLayer also a list of the
     layers' shares.
@@ -273,7 +273,7 @@ class LPIPS(nn.Module):
         sums are float32 for half types and under autocast. Exactly 0 for identical images. Deterministic wherever the
         convolutions are.
 
-    Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features; github.com/richzhang/PerceptualSimilarity.
+    Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric; lpips 0.1.4.
     """
 
     def __init__(
@@ -414,7 +414,7 @@ class PerceptualEmbedding(nn.Module):
 
     forward(x, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in [0, 1].
 
-    Returns: [N, E] float32 (float64 for float64 images), E = Σ_l C_l H_l W_l: 115,712 for "alex" at 64x64 pixels.
+    Returns: [N, E] float32 (float64 for float64 images), E = Σ_l C_l H_l W_l: 31,872 for "alex" at 64x64 pixels.
 
     Raises: ValueError for a negative head or a spatial LPIPS; TypeError for another module.
 

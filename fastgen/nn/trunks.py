@@ -18,8 +18,8 @@ Weights = str | os.PathLike[str] | Mapping[str, Tensor] | None
 class Trunk(nn.Module):
     """A frozen network in eval mode that stops at the last feature map asked for.
 
-    `layers` names what can be asked for, first to last. `forward(x, layers)` takes images [N, 1 or 3, H, W] in [0, 1] and
-    returns the maps in the order of `layers`; gradients reach the images only.
+    `layers` names what can be asked for, first to last. `forward(x, layers)` takes images [N, 1 or 3, H, W] in [0, 1]
+    and returns the maps in the order of `layers`; gradients reach the images only.
     """
 
     layers: tuple[str, ...]
@@ -209,9 +209,9 @@ class _MBConv(nn.Module):
 class EfficientNetLite0(Trunk):
     """The stem and 16 MBConv blocks of EfficientNet-lite0, batch norm folded into the convolutions, channels_last.
 
-    layers: "stem" (32 channels, half the image's size), "block0" (16, 1/2), "block1" and "block2" (24, 1/4), "block3" and
-    "block4" (40, 1/8), "block5" to "block7" (80, 1/16), "block8" to "block10" (112, 1/16), "block11" to "block14" (192,
-    1/32), "block15" (320, 1/32). Any image size does: 28x28 gives maps of 14, 7, 4, 2 and 1.
+    layers: "stem" (32 channels, half the image's size), "block0" (16, 1/2), "block1" and "block2" (24, 1/4), "block3"
+    and "block4" (40, 1/8), "block5" to "block7" (80, 1/16), "block8" to "block10" (112, 1/16), "block11" to "block14"
+    (192, 1/32), "block15" (320, 1/32). Any image size does: 28x28 gives maps of 14, 7, 4, 2 and 1.
 
     Source: Tan & Le 2019, EfficientNet; tensorflow/tpu efficientnet/lite (no squeeze-and-excitation, ReLU6).
     """
@@ -222,12 +222,13 @@ class EfficientNetLite0(Trunk):
         super().__init__(mean, std)
         self._gray = len({*mean}) == 1 and len({*std}) == 1
         self.stem = _SameConv(3, 32, 3, 2)
-        self.blocks = nn.ModuleList()
+        blocks = []
         channels = 32
         for i, (k, stride, width) in enumerate(_LITE0_BLOCKS):
-            self.blocks.append(_MBConv(channels, width, k, stride, 6 if i else 1))
+            blocks.append(_MBConv(channels, width, k, stride, 6 if i else 1))
             channels = width
-        self.to(memory_format=torch.channels_last)
+        self.blocks = nn.Sequential(*blocks)
+        self.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.freeze()
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -252,6 +253,7 @@ class EfficientNetLite0(Trunk):
         """Take the weights of the published checkpoint, each batch norm (eps 1e-3) folded into its convolution."""
         self._fold(self.stem, state, "_conv_stem", "_bn0")
         for i, block in enumerate(self.blocks):
+            assert isinstance(block, _MBConv)
             if block.expand is not None:
                 self._fold(block.expand, state, f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0")
             self._fold(block.depthwise, state, f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1")
@@ -334,8 +336,8 @@ def trunk(
     Args:
         name: "efficientnet-lite0", "vgg16", "alexnet" or "squeezenet1_1".
         weights: None takes efficientnet-lite0's from its package and the others' from torch hub's cache
-            ($TORCH_HOME/hub/checkpoints/vgg16-397923af.pth, alexnet-owt-7be5be79.pth, squeezenet1_1-b8a52dc0.pth; nothing
-            is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that, for tests.
+            ($TORCH_HOME/hub/checkpoints/vgg16-397923af.pth, alexnet-owt-7be5be79.pth, squeezenet1_1-b8a52dc0.pth;
+            nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that, for tests.
         mean, std: three numbers each, of images in [0, 1]; default the trunk's own. 0.5 and 0.5 give 2I − 1, GLANN's
             input to VGG16.
 

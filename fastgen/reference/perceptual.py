@@ -39,8 +39,8 @@ def lpips_layer(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: 
 
 
 def lpips_layer_backward(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    """Gradient of Σ grad · lpips_layer with respect to f0: v·s − u0 (u0·v) / r with v = 2 w (u0 − u1) grad / HW and s, r
-    of `normalise`. The distance is symmetric: f1's is this one with the maps exchanged."""
+    """Gradient of Σ grad · lpips_layer with respect to f0: v·s − u0 (u0·v) / r with v = 2 w (u0 − u1) grad / HW and the
+    s and r of `normalise`. The distance is symmetric: f1's is this one with the maps exchanged."""
     u0, scale, r = normalise(f0, eps, eps_inside)
     u1 = normalise(f1, eps, eps_inside)[0]
     each = grad.to(u0.dtype) * (2.0 / (f0.shape[2] * f0.shape[3]))
