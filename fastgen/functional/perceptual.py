@@ -1,0 +1,211 @@
+"""Distances between feature maps: LPIPS's normalised and weighted one, plain L1 and L2, GLO's Laplacian pyramid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor
+
+from fastgen import check
+from fastgen.ops import perceptual as ops
+from fastgen.reference import perceptual as reference
+
+EPS_MODES = {"lpips": (1e-10, False), "torchmetrics": (1e-8, True)}
+DISTANCES = ("l1", "l2")
+
+
+class _LpipsLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
+        ctx.save_for_backward(f0, f1, weight)
+        ctx.eps = (eps, eps_inside)
+        value: Tensor = ops.lpips_layer(f0, f1, weight, eps, eps_inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        f0, f1, weight = ctx.saved_tensors
+        # Asked for a second order, the closed form in plain torch: it is differentiable, the ops are not.
+        kernels = reference if torch.is_grad_enabled() else ops
+        need0, need1, need_weight = ctx.needs_input_grad[:3]
+        grad0 = grad1 = grad_weight = None
+        if need0 and need1 and kernels is ops:
+            grad0, grad1 = ops.lpips_layer_backward_both(grad, f0, f1, weight, *ctx.eps)
+        else:
+            if need0:
+                grad0 = kernels.lpips_layer_backward(grad, f0, f1, weight, *ctx.eps)
+            if need1:
+                grad1 = kernels.lpips_layer_backward(grad, f1, f0, weight, *ctx.eps)
+        if need_weight:
+            grad_weight = kernels.lpips_layer_backward_weight(grad, f0, f1, *ctx.eps).to(weight.dtype)
+        return grad0, grad1, grad_weight, None, None
+
+
+class _FeatureDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
+        ctx.save_for_backward(f0, f1)
+        ctx.squared = squared
+        value: Tensor = ops.feature_distance(f0, f1, squared)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        f0, f1 = ctx.saved_tensors
+        kernels = reference if torch.is_grad_enabled() else ops
+        need0, need1 = ctx.needs_input_grad[:2]
+        grad0 = kernels.feature_distance_backward(grad, f0, f1, ctx.squared) if need0 else None
+        if need1:
+            grad1 = -grad0 if grad0 is not None else kernels.feature_distance_backward(grad, f1, f0, ctx.squared)
+            return grad0, grad1, None
+        return grad0, None, None
+
+
+def _pairs(features0: Any, features1: Any, ndim: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The maps of both sides, level by level: of one shape and device, of the wider of their dtypes."""
+    sides = []
+    for name, features in (("features0", features0), ("features1", features1)):
+        if isinstance(features, Tensor) or not isinstance(features, Sequence) or len(features) == 0:
+            raise TypeError(f"{name}: expected a list of feature maps, got {check.describe(features)}")
+        sides.append([check.tensor(f"{name}[{i}]", f, ndim=ndim) for i, f in enumerate(features)])
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(f"features1: expected {len(sides[0])} maps as in features0, got {len(sides[1])}")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, (f0, f1) in enumerate(zip(*sides, strict=True)):
+        if f1.shape != f0.shape:
+            raise ValueError(f"features1[{i}]: expected shape {list(f0.shape)} of features0, got {list(f1.shape)}")
+        if 0 in f0.shape[1:]:
+            raise ValueError(f"features0[{i}]: expected at least one element a sample, got shape {list(f0.shape)}")
+        if i and f0.shape[0] != pairs[0][0].shape[0]:
+            raise ValueError(f"features0[{i}]: expected {pairs[0][0].shape[0]} samples, got {f0.shape[0]}")
+        if f1.dtype != f0.dtype:
+            dtype = torch.promote_types(f0.dtype, f1.dtype)
+            f0, f1 = f0.to(dtype), f1.to(dtype)
+        check.same(f"features1[{i}]", f1, f"features0[{i}]", f0)
+        pairs.append((f0, f1))
+    return pairs
+
+
+def lpips_distance(
+    features0: Sequence[Tensor], features1: Sequence[Tensor], weights: Sequence[Tensor], *, eps_mode: str = "lpips"
+) -> Tensor:
+    r"""Σ_l mean_p Σ_c w_lc (u0 − u1)², where u = f / (|f| + 1e-10) normalises each pixel's channels.
+
+    Args:
+        features0, features1: lists of maps [N, C_l, H_l, W_l], float64, float32, bfloat16 or float16, each in its own
+            layout (channels_last is fine); the same shapes on both sides. Differing dtypes are promoted.
+        weights: a [C_l] for each layer, float; LPIPS's heads are not negative, which is not required here.
+        eps_mode: "lpips": u = f / (√Σf² + 1e-10), as `lpips`; "torchmetrics": u = f / √(1e-8 + Σf²).
+
+    Returns: [N], float32 (float64 for float64 features): LPIPS, exactly 0 for identical maps.
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Notes: Differentiable in either side and in the weights, and twice. With "lpips" a zero vector gets the gradient 0,
+        where autograd through √ gives NaN. Norms and sums are float32 for half types, under autocast too. NaN, inf and
+        a sum of squares that overflows give NaN. Deterministic.
+
+    Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features, eq. 1; lpips 0.1.4; torchmetrics 1.9.
+    """
+    check.choice("eps_mode", eps_mode, tuple(EPS_MODES))
+    pairs = _pairs(features0, features1, (4,))
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) != len(pairs):
+        given = f"{len(weights)} of them" if isinstance(weights, Sequence) else check.describe(weights)
+        raise ValueError(f"weights: expected a list of {len(pairs)} tensors, one a layer, got {given}")
+    total: Tensor | None = None
+    for i, ((f0, f1), weight) in enumerate(zip(pairs, weights, strict=True)):
+        check.tensor(f"weights[{i}]", weight, ndim=(1,))
+        if weight.shape[0] != f0.shape[1]:
+            raise ValueError(f"weights[{i}]: expected [{f0.shape[1]}], a number a channel, got {list(weight.shape)}")
+        if weight.device != f0.device:
+            raise ValueError(f"weights[{i}]: expected the device of features0, {f0.device}, got {weight.device}")
+        value = _LpipsLayer.apply(f0, f1, weight, *EPS_MODES[eps_mode])
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def feature_distance(
+    features0: Sequence[Tensor],
+    features1: Sequence[Tensor],
+    *,
+    distance: str = "l1",
+    layer_weight: Sequence[float] | None = None,
+) -> Tensor:
+    """Σ_l w_l mean |f0 − f1| (or (f0 − f1)²), the mean over all but the first dimension.
+
+    Args:
+        features0, features1: lists of maps [N, ...] of one to five dimensions, floats; images count as a map. Differing
+            dtypes are promoted.
+        distance: "l1" or "l2" (squared).
+        layer_weight: a number for each layer, default 1.
+
+    Returns: [N], float32 (float64 for float64 features).
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Notes: Differentiable in either side, and twice (the second derivative of l1 is 0); l1's gradient is 0 at a tie and
+        NaN at NaN. Sums are float32 for half types. Deterministic.
+
+    Source: GLANN (Hoshen, Li & Malik 2019), eq. 2, whose code uses L1 and weights of 1.
+    """
+    check.choice("distance", distance, DISTANCES)
+    pairs = _pairs(features0, features1, (1, 2, 3, 4, 5))
+    scales = [1.0] * len(pairs) if layer_weight is None else layer_numbers(layer_weight, len(pairs))
+    total: Tensor | None = None
+    for (f0, f1), scale in zip(pairs, scales, strict=True):
+        value = _FeatureDistance.apply(f0, f1, distance == "l2")
+        value = value if scale == 1.0 else value * scale
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def layer_numbers(layer_weight: Any, layers: int) -> list[float]:
+    if isinstance(layer_weight, (str, Tensor)) or not isinstance(layer_weight, Sequence):
+        raise TypeError(f"layer_weight: expected a list of numbers, got {check.describe(layer_weight)}")
+    if len(layer_weight) != layers:
+        raise ValueError(f"layer_weight: expected {layers} numbers, one a layer, got {len(layer_weight)}")
+    return [check.number(f"layer_weight[{i}]", weight) for i, weight in enumerate(layer_weight)]
+
+
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
+    """Σ_j mean |L_j(x) − L_j(y)| over the levels of a Laplacian pyramid and its low-pass rest.
+
+    A level is L_j = I_j − k∗I_j and I_{j+1} the 2x2 average of k∗I_j. The pyramid is linear, so one of x − y serves.
+
+    Args:
+        x, y: images [N, C, H, W], floats of one dtype and device; each side at least 2^levels.
+        levels: high-pass levels, beside which the rest counts too; default 3, as minimal_glo trains with.
+
+    Returns: [N]; its mean is minimal_glo's LapLoss(max_levels=levels).
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
+        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a
+        sum where a Gaussian would have the product; edges are replicated.
+
+    Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.
+    """
+    check.tensor("x", x, ndim=(4,))
+    check.tensor("y", y, ndim=(4,))
+    check.same("y", y, "x", x)
+    if y.shape != x.shape:
+        raise ValueError(f"y: expected the shape of x, {list(x.shape)}, got {list(y.shape)}")
+    check.integer("levels", levels, least=1)
+    if min(x.shape[2:]) < 2**levels or x.shape[1] == 0:
+        raise ValueError(f"x: expected sides of at least 2**levels = {2**levels}, got shape {list(x.shape)}")
+    channels = x.shape[1]
+    bump = torch.exp(torch.arange(-2, 3, device=x.device, dtype=reference.wide(x.dtype)).square() / -4)
+    kernel = bump[:, None] + bump
+    kernel = (kernel / kernel.sum()).expand(channels, 1, 5, 5)
+    current = x.to(kernel.dtype) - y.to(kernel.dtype)
+    total = current.new_zeros(current.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        for _ in range(levels):
+            low = tf.conv2d(tf.pad(current, (2, 2, 2, 2), mode="replicate"), kernel, groups=channels)
+            total = total + (current - low).abs().mean((1, 2, 3))
+            current = tf.avg_pool2d(low, 2)
+    return total + current.abs().mean((1, 2, 3))
