@@ -1,1 +1,5 @@
 """The public functions: conventions, validation, differentiation."""
+
+from fastgen.functional.nearest import Nearest, nearest
+
+__all__ = ["Nearest", "nearest"]
