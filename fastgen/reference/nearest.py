@@ -69,7 +69,7 @@ def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> t
     k + 8 smallest are measured directly. A query is proved where the largest of them, less its error, lies above the
     k-th direct distance by more than float32 rounding can hide; the others are searched exhaustively.
     """
-    rows = allowed_rows(mask, len(database), k, query.device)
+    rows = allowed_rows(mask, len(database), k)
     refuse_non_finite("query", query, None)
     refuse_non_finite("database", database, rows)
     points = database if rows is None else database[rows]
@@ -119,17 +119,21 @@ def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> t
     return distance, index if rows is None else rows[index]
 
 
-def allowed_rows(mask: Tensor | None, m: int, k: int, device: torch.device) -> Tensor | None:
-    """The rows that some query may choose, ascending; None means all. Refuses a mask that leaves a query fewer than k."""
+def allowed_rows(mask: Tensor | None, m: int, k: int) -> Tensor | None:
+    """The rows that some query may choose, ascending; None means all."""
     if mask is None:
         return None
+    refuse_small_mask(mask, k)
+    rows = (mask if mask.ndim == 1 else mask.any(0)).nonzero()[:, 0]
+    return None if len(rows) == m else rows
+
+
+def refuse_small_mask(mask: Tensor, k: int) -> None:
     counts = mask.sum(-1)
     least = int(counts.min())
     if least < k:
         where = "" if mask.ndim == 1 else f" for query {int(counts.argmin())}"
         raise ValueError(f"k: expected at most the number of rows that mask allows{where}, {least}, got {k}")
-    rows = (mask if mask.ndim == 1 else mask.any(0)).nonzero()[:, 0]
-    return None if len(rows) == m else rows
 
 
 def refuse_non_finite(name: str, value: Tensor, rows: Tensor | None) -> None:
