@@ -1,8 +1,17 @@
 """Drop-in `torch.nn` modules over `fastgen.functional`."""
 
-from fastgen.nn.perceptual import LPIPS as LPIPS
-from fastgen.nn.perceptual import Features as Features
-from fastgen.nn.perceptual import PerceptualEmbedding as PerceptualEmbedding
-from fastgen.nn.perceptual import PerceptualLoss as PerceptualLoss
-from fastgen.nn.trunks import Trunk as Trunk
-from fastgen.nn.trunks import trunk as trunk
+from fastgen.nn.langevin import LangevinSampler
+from fastgen.nn.mmd import MMDLoss
+from fastgen.nn.perceptual import LPIPS, Features, PerceptualEmbedding, PerceptualLoss
+from fastgen.nn.trunks import Trunk, trunk
+
+__all__ = [
+    "LPIPS",
+    "Features",
+    "LangevinSampler",
+    "MMDLoss",
+    "PerceptualEmbedding",
+    "PerceptualLoss",
+    "Trunk",
+    "trunk",
+]

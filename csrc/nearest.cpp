@@ -1,0 +1,406 @@
+// Exact nearest neighbours: a filter in 16-bit integers that cannot lose the answer, then direct distances in float64.
+//
+// With c any point (here about the mean), q' = q − c, b' = b − c:  ‖q − b‖² = ‖q'‖² + 2 (‖b'‖²/2 − q'·b').
+// Scales s, t and integers q̂ = round(q'/s), b̂ = round(b'/t) give the key  κ(b) = round(‖b'‖²/2st) − q̂·b̂, an exact 32-bit
+// integer. q'·b'/st − q̂·b̂ = δq·b̂ + (q'/s)·δb, with δ what rounding took away, so by Cauchy and Schwarz
+//     |κ − (‖b'‖²/2 − q'·b')/st| ≤ E(q) = ‖δq‖ (max‖b'‖/t + max‖δb‖) + ‖q'‖/s max‖δb‖ + 1 + rounding of this line,
+// with ‖δ‖ as it was measured, not its worst case. So a row whose key exceeds the k-th smallest by more than 2 E is farther
+// than k others, float32 rounding of the distances included, and every other row is kept as a candidate: the answer does
+// not depend on c, s, t, the order or the threads, which only decide how many candidates there are (a few).
+// Once the direct distance of k candidates is known, it gives a limit too. A list that fills up is measured and emptied,
+// so ties without number cost time, never memory or correctness. One scale would serve badly where some norms are far
+// above the others: rows and queries go in buckets of norm, each pair of buckets with scales of its own.
+#include "nearest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTGEN_X86
+#include <immintrin.h>
+#endif
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")  // products and sums round apart: the order is the definition
+#endif
+namespace fastgen {
+namespace {
+
+template <class T>
+float direct(const T* q, const T* b, int64_t d) {
+    double part[8] = {};
+    int64_t t = 0;
+    for (; t + 8 <= d; t += 8)
+        for (int l = 0; l < 8; ++l) {
+            const double step = double(q[t + l]) - double(b[t + l]), square = step * step;
+            part[l] += square;
+        }
+    for (int l = 0; t < d; ++t, ++l) {
+        const double step = double(q[t]) - double(b[t]), square = step * step;
+        part[l] += square;
+    }
+    for (int l = 0; l < 4; ++l) part[l] += part[l + 4];
+    for (int l = 0; l < 2; ++l) part[l] += part[l + 2];
+    return float(part[0] + part[1]);
+}
+
+}  // namespace
+}  // namespace fastgen
+#ifndef __clang__
+#pragma GCC pop_options
+#endif
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t PANEL_BYTES = 384 << 10;  // of the database at a time: within a core's second-level cache
+constexpr int32_t NEVER = std::numeric_limits<int32_t>::min(), ALWAYS = std::numeric_limits<int32_t>::max() - 1;
+constexpr double STEPS = 32700;  // the largest norm in units of its scale: 1.5·STEPS² < 2^31, every coordinate < 2^15
+constexpr int64_t BUCKETS = 64;
+
+int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+template <class T>
+struct Aligned {  // uninitialised, on cache lines
+    T* data;
+    explicit Aligned(int64_t n)
+        : data(static_cast<T*>(::operator new(size_t(std::max<int64_t>(n, 1)) * sizeof(T), std::align_val_t(64)))) {}
+    Aligned(const Aligned&) = delete;
+    Aligned(Aligned&& other) noexcept : data(other.data) { other.data = nullptr; }
+    ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+    operator T*() const { return data; }
+};
+
+struct Database {  // one bucket, packed
+    int64_t size, pairs;
+    const int32_t* packed;
+    const int32_t* half;    // ‖b'‖²/2st; the columns that fill up the last panel never hit
+    const int64_t* rows;    // position in the bucket -> row of the database
+};
+
+struct Candidate {
+    int32_t key;
+    int64_t row;
+};
+
+// The queries that a thread works on: limits, candidates, and the best so far among those measured.
+struct Group {
+    const NearestProblem& problem;
+    const int64_t* query_rows = nullptr;
+    const Database* database = nullptr;
+    int64_t size = 0, capacity;
+    Aligned<int32_t> packed, limit;
+    Aligned<double> error, unit, norm;  // E, 2st and ‖q'‖² of each query
+    Aligned<int64_t> count;
+    Aligned<Candidate> list;
+    Aligned<int16_t> line;
+    int64_t* measured;  // how many of its k each query has, indexed by query
+
+    Group(const NearestProblem& problem, int64_t rows, int64_t pairs, int64_t* measured)
+        : problem(problem), capacity(std::max<int64_t>(64, 4 * problem.k)), packed(rows * pairs), limit(rows), error(rows),
+          unit(rows), norm(rows), count(rows), list(rows * capacity), line(2 * pairs), measured(measured) {
+        std::fill(packed + 0, packed + rows * pairs, 0);
+    }
+
+    // `keys` of `columns` database rows from `position`, some at or below the limit.
+    void take(int64_t slot, const int32_t* keys, int64_t position, int64_t columns) {
+        const int64_t* rows = database->rows + position;
+        const uint8_t* mask = problem.mask_stride ? problem.mask + query_rows[slot] * problem.mask_stride : nullptr;
+        if (problem.k == 1) {
+            int32_t best = std::numeric_limits<int32_t>::max();
+            for (int64_t c = 0; c < columns; ++c)
+                if (keys[c] < best && (!mask || mask[rows[c]])) best = keys[c];
+            lower(slot, best + 2 * error[slot]);
+        }
+        for (int64_t c = 0; c < columns; ++c) {
+            if (keys[c] > limit[slot] || (mask && !mask[rows[c]])) continue;
+            if (count[slot] == capacity) prune(slot);
+            list[slot * capacity + count[slot]++] = {keys[c], rows[c]};
+        }
+    }
+
+    void lower(int64_t slot, double key) {
+        if (key < limit[slot]) limit[slot] = int32_t(std::ceil(std::max(key, double(NEVER))));
+    }
+
+    void prune(int64_t slot) {
+        Candidate *begin = list + slot * capacity, *end = begin + count[slot];
+        if (count[slot] >= problem.k) {
+            Candidate* last = begin + problem.k - 1;
+            std::nth_element(begin, last, end, [](const Candidate& a, const Candidate& b) { return a.key < b.key; });
+            lower(slot, last->key + 2 * error[slot]);
+        }
+        end = std::remove_if(begin, end, [&](const Candidate& one) { return one.key > limit[slot]; });
+        count[slot] = end - begin;
+        if (2 * count[slot] > capacity) measure(slot);
+    }
+
+    // Replaces the candidates by their direct distances, of which the k smallest (distance, row) are kept.
+    void measure(int64_t slot) { problem.is_double ? measure_as<double>(slot) : measure_as<float>(slot); }
+
+    template <class T>
+    void measure_as(int64_t slot) {
+        const int64_t query = query_rows[slot], k = problem.k, d = problem.d;
+        const T *q = static_cast<const T*>(problem.query) + query * d, *b = static_cast<const T*>(problem.database);
+        float* distance = problem.distance + query * k;
+        int64_t *index = problem.index + query * k, &have = measured[query];
+        for (int64_t i = 0; i < count[slot]; ++i) {
+            const Candidate& one = list[slot * capacity + i];
+            if (one.key > limit[slot]) continue;
+            const float found = direct(q, b + one.row * d, d);
+            auto after = [&](int64_t j) { return found < distance[j] || (found == distance[j] && one.row < index[j]); };
+            if (have == k && !after(k - 1)) continue;
+            int64_t j = have < k ? have++ : k - 1;
+            for (; j > 0 && after(j - 1); --j) distance[j] = distance[j - 1], index[j] = index[j - 1];
+            distance[j] = found, index[j] = one.row;
+        }
+        count[slot] = 0;
+        limit_by_measured(slot);
+    }
+
+    void limit_by_measured(int64_t slot) {
+        const int64_t query = query_rows[slot], k = problem.k;
+        if (measured[query] < k) return;
+        const double most = problem.distance[query * k + k - 1] * (1 + 0x1p-22) + 0x1p-140;
+        lower(slot, (most - norm[slot]) / unit[slot] + error[slot]);
+    }
+};
+
+template <class T>
+struct Kernels {
+    int rows, width;
+    void (*filter)(Group&, const Database&);
+    void (*norms)(const T*, const int64_t*, int64_t, int64_t, int64_t, const T*, double*);
+    double (*pack_panels)(const T*, const int64_t*, int64_t, int64_t, int64_t, const T*, T, int16_t*, int32_t*);
+    double (*pack_query)(const T*, int64_t, int64_t, const T*, T, int16_t*, int32_t*);
+};
+
+}  // namespace
+}  // namespace fastgen
+
+#define FASTGEN_BODY "nearest.inl"
+#include "each_isa.h"
+
+#ifdef FASTGEN_X86
+#pragma GCC push_options
+#pragma GCC target("avx512vnni,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#define VEC_BYTES 64
+#define FASTGEN_VNNI
+namespace fastgen::avx512vnni {
+#include "nearest.inl"
+}
+#undef FASTGEN_VNNI
+#undef VEC_BYTES
+#pragma GCC pop_options
+#endif
+
+namespace fastgen {
+namespace {
+
+template <class T>
+Kernels<T> choose(bool vnni) {
+#ifdef FASTGEN_X86
+    if (vnni && isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni")) return avx512vnni::kernels<T>();
+#endif
+    return FASTGEN_DISPATCH(kernels<T>);
+}
+
+// Positions grouped by norm: the first bucket to `edge`, each further one to eight times the last's edge.
+struct Buckets {
+    std::vector<int64_t> order, start;  // bucket i holds order[start[i]] … order[start[i + 1]]
+
+    Buckets(const std::vector<double>& squares, double edge) : order(squares.size()), start(BUCKETS + 1, 0) {
+        std::vector<uint8_t> bucket(squares.size());
+        for (size_t i = 0; i < squares.size(); ++i) {
+            int found = 0;
+            for (double top = edge; squares[i] > top * top && found < BUCKETS - 1; top *= 8) ++found;
+            bucket[i] = uint8_t(found);
+            ++start[found + 1];
+        }
+        std::partial_sum(start.begin(), start.end(), start.begin());
+        std::vector<int64_t> next(start);
+        for (size_t i = 0; i < squares.size(); ++i) order[next[bucket[i]]++] = int64_t(i);
+    }
+};
+
+double eight_medians(const std::vector<double>& squares) {
+    std::vector<double> sample;
+    for (size_t i = 0, step = squares.size() / 1024 + 1; i < squares.size(); i += step) sample.push_back(squares[i]);
+    std::nth_element(sample.begin(), sample.begin() + sample.size() / 2, sample.end());
+    const double median = std::sqrt(sample[sample.size() / 2]);
+    return median > 0 ? 8 * median : std::numeric_limits<double>::infinity();
+}
+
+template <class T>
+NearestStatus run(const NearestProblem& problem) {
+    const int64_t n = problem.n, m = problem.m, d = problem.d, pairs = (d + 1) / 2;
+    const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
+    const Kernels<T> kernel = choose<T>(problem.vnni);
+    const int threads = double(n) * m * d < 1 << 18 ? 1 : problem.threads;
+
+    std::vector<int64_t> allowed(m);
+    if (problem.mask == nullptr) {
+        std::iota(allowed.begin(), allowed.end(), 0);
+    } else {
+        int64_t found = 0;
+        for (int64_t j = 0; j < m; ++j) {
+            bool any = false;
+            for (int64_t i = 0; i < (problem.mask_stride ? n : 1) && !any; ++i) any = problem.mask[i * m + j];
+            if (any) allowed[found++] = j;
+        }
+        allowed.resize(found);
+    }
+    const int64_t size = int64_t(allowed.size());
+
+    // About the mean of what may be chosen: any centre is right.
+    std::vector<double> sums(d, 0);
+    int64_t sampled = 0;
+    for (int64_t j = 0, step = size / 512 + 1; j < size; j += step, ++sampled)
+        for (int64_t t = 0; t < d; ++t) sums[t] += database[allowed[j] * d + t];
+    std::vector<T> centre(d);
+    for (int64_t t = 0; t < d; ++t) {
+        centre[t] = T(sums[t] / sampled);
+        if (!std::isfinite(centre[t])) centre[t] = 0;
+    }
+
+    std::vector<double> query_norm(n), norm(size);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < (n + 63) / 64; ++i)
+            kernel.norms(query, nullptr, i * 64, std::min(n, i * 64 + 64), d, centre.data(), query_norm.data());
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < (size + 63) / 64; ++j)
+            kernel.norms(database, allowed.data(), j * 64, std::min(size, j * 64 + 64), d, centre.data(), norm.data());
+    }
+    const double largest = sizeof(T) == 4 ? 1e80 : 1e280;
+    bool overflow = false;
+    auto refuse = [&](const std::vector<double>& squares, const T* x, const int64_t* rows) -> int64_t {
+        for (size_t i = 0; i < squares.size(); ++i) {
+            if (squares[i] <= largest) continue;
+            const int64_t row = rows ? rows[i] : int64_t(i);
+            for (int64_t t = 0; t < d; ++t)
+                if (!std::isfinite(x[row * d + t])) return row;
+            overflow = true;
+        }
+        return -1;
+    };
+    if (const int64_t row = refuse(query_norm, query, nullptr); row >= 0) return {NearestStatus::query_not_finite, row};
+    if (const int64_t row = refuse(norm, database, allowed.data()); row >= 0) return {NearestStatus::database_not_finite, row};
+    if (overflow) return {NearestStatus::overflow, 0};
+
+    const Buckets buckets(norm, eight_medians(norm));
+    const Buckets query_buckets(query_norm, eight_medians(query_norm));
+    std::vector<int64_t> measured(n, 0);
+    const int64_t tiles = (n + kernel.rows - 1) / kernel.rows;
+    const int64_t group_rows = kernel.rows * std::min<int64_t>(16, (tiles + 4 * threads - 1) / (4 * threads));
+    std::vector<Group> groups;
+    groups.reserve(threads);
+    for (int i = 0; i < threads; ++i) groups.emplace_back(problem, group_rows, pairs, measured.data());
+
+    const int64_t panels_most = (size + kernel.width - 1) / kernel.width;
+    Aligned<int32_t> packed(panels_most * kernel.width * pairs), half(panels_most * kernel.width);
+    std::vector<int64_t> rows(size);
+    for (int64_t b = 0; b < BUCKETS; ++b) {
+        const int64_t *chosen = buckets.order.data() + buckets.start[b], count = buckets.start[b + 1] - buckets.start[b];
+        if (count == 0) continue;
+        double radius = 0;
+        for (int64_t j = 0; j < count; ++j) radius = std::max(radius, norm[chosen[j]]), rows[j] = allowed[chosen[j]];
+        radius = std::sqrt(radius);
+        const double floor = sizeof(T) == 4 ? 1e-30 : 1e-140, scale = std::max(radius / STEPS, floor);
+        const int64_t panels = (count + kernel.width - 1) / kernel.width;
+        std::fill(packed + (panels - 1) * kernel.width * pairs, packed + panels * kernel.width * pairs, 0);
+        double loss = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : loss)
+        for (int thread = 0; thread < threads; ++thread) {
+            const int64_t from = std::min(count, panels * thread / threads * kernel.width);
+            const int64_t to = std::min(count, panels * (thread + 1) / threads * kernel.width);
+            loss = std::max(loss, kernel.pack_panels(database, rows.data(), from, to, d, centre.data(), T(1 / scale),
+                                                     groups[thread].line, packed));
+        }
+        // Centring, the scale and scaling by it each round by 2^-24 of at most STEPS; the sum of squares by d/16 of that.
+        const double inexact = 0.006, summed = 1.001 + 4e-9 * d;
+        loss = loss * summed + inexact;
+
+        for (int64_t a = 0; a < BUCKETS; ++a) {
+            const int64_t *asked = query_buckets.order.data() + query_buckets.start[a];
+            const int64_t number = query_buckets.start[a + 1] - query_buckets.start[a];
+            if (number == 0) continue;
+            double query_radius = 0;
+            for (int64_t i = 0; i < number; ++i) query_radius = std::max(query_radius, query_norm[asked[i]]);
+            const double query_scale = std::max(std::max(std::sqrt(query_radius), radius) / STEPS, floor);
+            const double unit = 2 * query_scale * scale;
+            for (int64_t j = 0; j < panels * kernel.width; ++j)
+                half[j] = j < count ? int32_t(std::nearbyint(norm[chosen[j]] / unit)) : std::numeric_limits<int32_t>::max();
+            const Database bucket{count, pairs, packed, half, rows.data()};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+            for (int64_t first = 0; first < number; first += group_rows) {
+                Group& group = groups[thread_number()];
+                group.database = &bucket;
+                group.query_rows = asked + first;
+                const int64_t live = std::min(group_rows, number - first);
+                group.size = (live + kernel.rows - 1) / kernel.rows * kernel.rows;
+                for (int64_t slot = 0; slot < group.size; ++slot) {
+                    group.count[slot] = 0;
+                    group.limit[slot] = slot < live ? ALWAYS : NEVER;
+                    if (slot >= live) continue;  // its integers are zero or another query's: no key is at or below NEVER
+                    const int64_t row = asked[first + slot];
+                    const double length = std::sqrt(query_norm[row]);
+                    const double lost = inexact + summed * kernel.pack_query(query + row * d, slot, d, centre.data(),
+                                                                             T(1 / query_scale), group.line, group.packed);
+                    group.norm[slot] = query_norm[row];
+                    group.unit[slot] = unit;
+                    group.error[slot] = lost * (radius / scale + loss) + length / query_scale * loss + 2 +
+                                        (0x1p-20 * (length + radius) * (length + radius) + 0x1p-148) / unit;
+                    group.limit_by_measured(slot);
+                }
+                kernel.filter(group, bucket);
+                for (int64_t slot = 0; slot < live; ++slot) {
+                    group.prune(slot);
+                    group.measure(slot);
+                }
+            }
+        }
+    }
+    for (int64_t i = 0; i < n * problem.k; ++i)
+        if (!std::isfinite(problem.distance[i])) return {NearestStatus::overflow, 0};
+    return {NearestStatus::ok, 0};
+}
+
+template <class T>
+void distances(const NearestProblem& problem) {
+    const int64_t d = problem.d, k = problem.k;
+    const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
+    const int threads = double(problem.n) * k * d < 1 << 16 ? 1 : problem.threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < problem.n * k; ++i)
+        problem.distance[i] = direct(query + i / k * d, database + problem.index[i] * d, d);
+}
+
+}  // namespace
+
+NearestStatus nearest(const NearestProblem& problem) { return problem.is_double ? run<double>(problem) : run<float>(problem); }
+
+void nearest_distance(const NearestProblem& problem) {
+    problem.is_double ? distances<double>(problem) : distances<float>(problem);
+}
+
+}  // namespace fastgen

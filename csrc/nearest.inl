@@ -1,0 +1,167 @@
+// The filter of the exact search, for one instruction set; nearest.cpp has the plan and the proof.
+
+constexpr int LANES = VEC_BYTES / 4, VECTORS = 2, WIDTH = LANES * VECTORS, ROWS = VEC_BYTES == 64 ? 14 : 6;
+typedef int32_t ints __attribute__((vector_size(VEC_BYTES)));
+
+static inline ints splat(int32_t x) { return x - ints{}; }
+
+// Each lane holds two 16-bit integers: acc + a0 b0 + a1 b1. Wrapping on the way is harmless, the final key fits.
+static inline ints dot(ints acc, ints a, ints b) {
+#if defined(FASTGEN_VNNI)
+    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif VEC_BYTES == 64
+    return acc + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif VEC_BYTES == 32
+    return acc + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(FASTGEN_X86)
+    return acc + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    int16_t x[2 * LANES], y[2 * LANES];
+    std::memcpy(x, &a, sizeof x);
+    std::memcpy(y, &b, sizeof y);
+    for (int l = 0; l < LANES; ++l) acc[l] += x[2 * l] * y[2 * l] + x[2 * l + 1] * y[2 * l + 1];
+    return acc;
+#endif
+}
+
+struct AnyAtMost {  // does any lane hold a key at or below the limit?
+#if VEC_BYTES == 64
+    __mmask16 seen = 0;
+    void add(ints keys, ints limit) { seen |= _mm512_cmple_epi32_mask((__m512i)keys, (__m512i)limit); }
+    bool any() const { return seen != 0; }
+#else
+    ints seen{};
+    void add(ints keys, ints limit) { seen |= keys <= limit; }
+    bool any() const {
+        int32_t all = 0;
+        for (int l = 0; l < LANES; ++l) all |= seen[l];
+        return all != 0;
+    }
+#endif
+};
+
+static inline ints smaller(ints a, ints b) { return a < b ? a : b; }
+
+// Keys of ROWS queries against WIDTH database rows: half[column] + Σ query·panel (the query is packed negated). Returns
+// the rows with a key at or below their limit as bits, their keys stored; nearly always none.
+static uint32_t tile(const int32_t* __restrict query, const int32_t* __restrict panel, const int32_t* __restrict half,
+                     const int32_t* __restrict limit, int64_t pairs, int32_t* __restrict keys) {
+    ints acc[ROWS][VECTORS];
+    const ints* b = (const ints*)panel;
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] = ((const ints*)half)[v];
+    for (int64_t p = 0; p < pairs; ++p, query += ROWS, b += VECTORS) {
+        const ints b0 = b[0], b1 = b[1];
+#pragma GCC unroll 14
+        for (int r = 0; r < ROWS; ++r) {
+            const ints a = splat(query[r]);
+            acc[r][0] = dot(acc[r][0], a, b0);
+            acc[r][1] = dot(acc[r][1], a, b1);
+        }
+    }
+    AnyAtMost hit;
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r) hit.add(smaller(acc[r][0], acc[r][1]), splat(limit[r]));
+    if (__builtin_expect(!hit.any(), 1)) return 0;
+    uint32_t rows = 0;
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r) {
+        AnyAtMost one;
+        one.add(smaller(acc[r][0], acc[r][1]), splat(limit[r]));
+        if (!one.any()) continue;
+        rows |= 1u << r;
+        for (int v = 0; v < VECTORS; ++v) std::memcpy(keys + r * WIDTH + v * LANES, &acc[r][v], sizeof(ints));
+    }
+    return rows;
+}
+
+static void filter(Group& group, const Database& database) {
+    alignas(64) int32_t keys[ROWS * WIDTH];
+    const int64_t panels = (database.size + WIDTH - 1) / WIDTH, pairs = database.pairs;
+    const int64_t block = std::max<int64_t>(1, PANEL_BYTES / (WIDTH * pairs * 4));
+    for (int64_t from = 0; from < panels; from += block) {
+        const int64_t to = std::min(panels, from + block);
+        for (int64_t row = 0; row < group.size; row += ROWS) {
+            const int32_t* query = group.packed + row * pairs;
+            for (int64_t panel = from; panel < to; ++panel) {
+                uint32_t hits = tile(query, database.packed + panel * WIDTH * pairs, database.half + panel * WIDTH,
+                                     group.limit + row, pairs, keys);
+                for (; hits; hits &= hits - 1) {
+                    const int r = __builtin_ctz(hits);
+                    group.take(row + r, keys + r * WIDTH, panel * WIDTH, std::min<int64_t>(WIDTH, database.size - panel * WIDTH));
+                }
+            }
+        }
+    }
+}
+
+// Squared norms of centred rows; NaN or infinity where a row is not finite (or its centred coordinates are not).
+template <class T>
+static void norms(const T* x, const int64_t* rows, int64_t begin, int64_t end, int64_t d, const T* centre, double* out) {
+    for (int64_t i = begin; i < end; ++i) {
+        const T* row = x + (rows ? rows[i] : i) * d;
+        double lane[16] = {}, sum = 0;
+        int64_t t = 0;
+        for (; t + 16 <= d; t += 16)
+            for (int l = 0; l < 16; ++l) {
+                const double step = row[t + l] - centre[t + l];
+                lane[l] += step * step;
+            }
+        for (; t < d; ++t) {
+            const double step = row[t] - centre[t];
+            sum += step * step;
+        }
+        for (int l = 0; l < 16; ++l) sum += lane[l];
+        out[i] = sum;
+    }
+}
+
+// Rounds (x − centre)·inverse to 16-bit integers, an even number of them, and returns ‖what rounding took away‖.
+template <class T>
+static double quantise(const T* x, int64_t d, const T* centre, T inverse, int16_t* out) {
+    const T magic = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5·2^23, 1.5·2^52: adding rounds to integers
+    T lane[16] = {}, sum = 0;
+    int64_t t = 0;
+    for (; t + 16 <= d; t += 16)
+        for (int l = 0; l < 16; ++l) {
+            const T scaled = (x[t + l] - centre[t + l]) * inverse, rounded = (scaled + magic) - magic;
+            out[t + l] = int16_t(int32_t(rounded));
+            lane[l] += (scaled - rounded) * (scaled - rounded);
+        }
+    for (; t < d; ++t) {
+        const T scaled = (x[t] - centre[t]) * inverse, rounded = (scaled + magic) - magic;
+        out[t] = int16_t(int32_t(rounded));
+        sum += (scaled - rounded) * (scaled - rounded);
+    }
+    if (d & 1) out[d] = 0;
+    for (int l = 0; l < 16; ++l) sum += lane[l];
+    return std::sqrt(double(sum));
+}
+
+// Database rows [begin, end) of the bucket, whole panels, into panel[pair][column]; returns the largest rounding loss.
+template <class T>
+static double pack_panels(const T* x, const int64_t* rows, int64_t begin, int64_t end, int64_t d, const T* centre, T inverse,
+                          int16_t* line, int32_t* packed) {
+    const int64_t pairs = (d + 1) / 2;
+    double loss = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        loss = std::max(loss, quantise(x + rows[i] * d, d, centre, inverse, line));
+        int32_t* column = packed + (i / WIDTH) * WIDTH * pairs + i % WIDTH;
+        for (int64_t p = 0; p < pairs; ++p) std::memcpy(column + p * WIDTH, line + 2 * p, 4);
+    }
+    return loss;
+}
+
+template <class T>
+static double pack_query(const T* x, int64_t row, int64_t d, const T* centre, T inverse, int16_t* line, int32_t* packed) {
+    const int64_t pairs = (d + 1) / 2;
+    const double loss = quantise(x, d, centre, T(-inverse), line);  // x·(−s) rounds to the negative: ties go to even
+    int32_t* slot = packed + (row / ROWS) * ROWS * pairs + row % ROWS;
+    for (int64_t p = 0; p < pairs; ++p) std::memcpy(slot + p * ROWS, line + 2 * p, 4);
+    return loss;
+}
+
+template <class T>
+static Kernels<T> kernels() {
+    return {ROWS, WIDTH, &filter, &norms<T>, &pack_panels<T>, &pack_query<T>};
+}

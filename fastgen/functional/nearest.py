@@ -1,0 +1,118 @@
+"""Exact nearest neighbours, certified."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastgen.ops.nearest  # noqa: F401  registers the ops
+from fastgen import check
+
+
+class Nearest(NamedTuple):
+    """`distance` [N, k] float32, squared L2, ascending; `index` [N, k] int64, rows of the database."""
+
+    distance: Tensor
+    index: Tensor
+
+
+def nearest(
+    query: Tensor,
+    database: Tensor,
+    k: int = 1,
+    *,
+    mask: Tensor | None = None,
+    exclude_radius: float | None = None,
+    precision: str = "certified",
+) -> Nearest:
+    """The k nearest rows of `database` to each row of `query` in squared L2, exact: min over (‖q − b‖², index).
+
+    Args:
+        query: [N, D] float32, float64, bfloat16 or float16, finite; N, D ≥ 1.
+        database: [M, D], dtype and device of `query`. Rows that may be chosen must be finite.
+        k: neighbours for each query, 1 (default) to the number of rows that may be chosen.
+        mask: [M] or [N, M] bool, True = may be chosen; None (default) allows all. Rows that no query may choose are
+            not read and may hold anything.
+        exclude_radius: not built.
+        precision: "certified" (default), the only one built.
+
+    Returns:
+        Nearest(distance [N, k] float32, index [N, k] int64), ascending by (distance, index).
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: wrong shape or device, an empty operand, k above the number of rows that may be chosen, NaN or infinity
+            in a query or in a row that may be chosen, a chosen distance beyond float32 (3.4e38).
+        NotImplementedError: an option that is not built.
+
+    Notes:
+        The distance is float32 of Σ(q − b)², subtracted uncentred and summed in float64 in one fixed order (for float64
+        points too: what float64 tells apart but float32 does not is a tie). A tie goes to the lowest index. So there is
+        one answer for any tile, split, chunk, number of threads or device. On the CPU, 16-bit integers of the centred
+        points find the candidates and a bound on their rounding proves that no other row can win or tie
+        (csrc/nearest.inl); elsewhere float64 matrix products do. Neither N·M distances nor float atomics.
+        Whether a row is open to doubt is data: on CUDA a call waits for the device and fits in no CUDA graph.
+        `distance` is differentiable in query and database, any number of times, for fixed indices: the gradient is
+        2 (q − b) and −2 (q − b), in float32 for half types. `index` carries no gradient.
+
+    Source:
+        the contract of faiss.IndexFlatL2 (Johnson, Douze, Jégou 2017), made exact; IMLE (Li & Malik 2018), algorithm 1.
+    """
+    check.tensor("query", query, ndim=(2,))
+    check.tensor("database", database, ndim=(2,))
+    check.same("database", database, "query", query)
+    check.integer("k", k, least=1)
+    check.choice("precision", precision, ("certified", "float32", "bf16"))
+    if precision != "certified":
+        check.not_built("precision", precision, "'certified'")
+    if exclude_radius is not None:
+        check.not_built("exclude_radius", exclude_radius, "None, with a mask of the rows that may be chosen")
+    n, m, width = query.shape[0], database.shape[0], query.shape[1]
+    if n == 0 or width == 0:
+        raise ValueError(f"query: expected at least one row and one column, got shape {list(query.shape)}")
+    if m == 0 or database.shape[1] != width:
+        raise ValueError(f"database: expected shape [M >= 1, {width}], got {list(database.shape)}")
+    if k > m:
+        raise ValueError(f"k: expected at most the {m} rows of database, got {k}")
+    if mask is not None:
+        check.tensor("mask", mask, dtypes=(torch.bool,), ndim=(1, 2))
+        if mask.device != query.device:
+            raise ValueError(f"mask: expected the device of query, {query.device}, got {mask.device}")
+        if tuple(mask.shape) not in ((m,), (n, m)):
+            raise ValueError(f"mask: expected shape [{m}] or [{n}, {m}], got {list(mask.shape)}")
+    index = torch.ops.fastgen.nearest(query.detach(), database.detach(), mask, k)
+    if torch.is_grad_enabled() and (query.requires_grad or database.requires_grad):
+        return Nearest(_Distance.apply(query, database, index), index)
+    return Nearest(torch.ops.fastgen.nearest_distance(query.detach(), database.detach(), index), index)
+
+
+class _Distance(torch.autograd.Function):
+    """‖q − b‖² of the chosen pairs. The backward is plain torch, so autograd differentiates it again."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, database: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(query, database, index)
+        out: Tensor = torch.ops.fastgen.nearest_distance(query, database, index)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        query, database, index = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)
+        flat = index.flatten()
+        step = query.to(wide).unsqueeze(1) - database.index_select(0, flat).to(wide).view(*index.shape, -1)
+        pull = 2 * upstream[0].to(wide).unsqueeze(-1) * step  # [N, k, D]
+        grad_query = grad_database = None
+        if ctx.needs_input_grad[0]:
+            grad_query = pull.sum(1).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_database = _add_rows(-pull.flatten(0, 1), flat, database.shape[0]).to(database.dtype)
+        return grad_query, grad_database, None
+
+
+def _add_rows(rows: Tensor, index: Tensor, m: int) -> Tensor:
+    """out[index[i]] += rows[i], in the order of i on every device."""
+    out = rows.new_zeros(m, rows.shape[1])
+    if rows.device.type == "cuda":  # index_add adds atomically there; index_put sorts first
+        return out.index_put((index,), rows, accumulate=True)
+    return out.index_add(0, index, rows)
