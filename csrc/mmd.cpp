@@ -1,0 +1,23 @@
+#include "mmd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#define FASTGEN_BODY "mmd.inl"
+#include "each_isa.h"
+
+namespace fastgen {
+
+void mmd(const MmdArguments<float>& arguments) { FASTGEN_DISPATCH(mmd_all, arguments); }
+void mmd(const MmdArguments<double>& arguments) { FASTGEN_DISPATCH(mmd_all, arguments); }
+
+}  // namespace fastgen
