@@ -35,7 +35,7 @@ struct Keys {
 };
 
 // A counter lives in the low half of a 64-bit lane; what the upper half holds is never read by mul_low.
-static inline void rounds(u64v& c0, u64v& c1, u64v& c2, u64v& c3, const Keys& keys) {
+[[gnu::always_inline]] static inline void rounds(u64v& c0, u64v& c1, u64v& c2, u64v& c3, const Keys& keys) {
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
         const u64v a = mul_low(c0, 0xD2511F53u), b = mul_low(c2, 0xCD9E8D57u);
@@ -46,7 +46,7 @@ static inline void rounds(u64v& c0, u64v& c1, u64v& c2, u64v& c3, const Keys& ke
 }
 
 // Words of LANES counters: the even lanes go through the rounds in one set of registers, the odd ones in another.
-static inline void philox(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, u32v w[4]) {
+[[gnu::always_inline]] static inline void philox(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, u32v w[4]) {
     u64v a[4] = {(u64v)c0, (u64v)c1, (u64v)c2, (u64v)c3}, b[4];
     for (int i = 0; i < 4; ++i) b[i] = a[i] >> 32;
     rounds(a[0], a[1], a[2], a[3], keys);
@@ -108,7 +108,7 @@ static inline f32v unpack(f32v a, f32v b, std::integer_sequence<int, I...>) {
 }
 
 // 4 * LANES normals in the order of the elements.
-static inline void normals(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, float* out) {
+[[gnu::always_inline]] static inline void normals(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, float* out) {
     constexpr auto lanes = std::make_integer_sequence<int, LANES>();
     u32v w[4];
     philox(c0, c1, c2, c3, keys, w);

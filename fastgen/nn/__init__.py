@@ -1,1 +1,3 @@
 """Drop-in `torch.nn` modules over `fastgen.functional`."""
+
+from fastgen.nn.langevin import LangevinSampler as LangevinSampler
