@@ -1,0 +1,49 @@
+#include "langevin.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+// A fused multiply-add would give AVX2 and AVX-512 other bits than the baseline, Triton and the reference.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define FASTGEN_BODY "langevin.inl"
+#include "each_isa.h"
+
+namespace py = pybind11;
+
+void bind_langevin(py::module_& m) {
+    using namespace fastgen;
+    m.def(
+        "langevin",
+        [](uintptr_t x, uintptr_t grad, uintptr_t lookahead, uintptr_t chain_id, uintptr_t step_sizes,
+           uintptr_t noise_scales, int64_t chains, int64_t elements, double step_size, double noise_scale,
+           double precision, double grad_clip, double low, double high, double lookahead_size, bool noise_first,
+           uint64_t seed, uint32_t step, int type, int threads) {
+            const LangevinStep s{reinterpret_cast<void*>(x),
+                                 reinterpret_cast<const void*>(grad),
+                                 reinterpret_cast<void*>(lookahead),
+                                 reinterpret_cast<const int64_t*>(chain_id),
+                                 reinterpret_cast<const void*>(step_sizes),
+                                 reinterpret_cast<const void*>(noise_scales),
+                                 chains, elements, step_size, noise_scale, precision, grad_clip, low, high,
+                                 lookahead_size, noise_first, seed, step, static_cast<Type>(type), threads};
+            if (chains > 0 && elements > 0) FASTGEN_DISPATCH(langevin, s);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "philox",
+        [](uintptr_t counter, int64_t count, uint64_t seed, uintptr_t words) {
+            FASTGEN_DISPATCH(philox_words, reinterpret_cast<const uint32_t*>(counter), count, seed,
+                             reinterpret_cast<uint32_t*>(words));
+        },
+        py::call_guard<py::gil_scoped_release>());
+}

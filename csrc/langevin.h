@@ -1,0 +1,25 @@
+// The Langevin step and its noise. fastgen/reference/langevin.py says what they mean; the bits are the same.
+#pragma once
+#include <cstdint>
+
+namespace fastgen {
+
+enum class Type : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct LangevinStep {
+    void* x;            // [chains, elements], contiguous, as all that follows
+    const void* grad;   // null: x is overwritten with the noise itself
+    void* lookahead;    // of x's type, or null
+    const int64_t* chain_id;    // [chains], or null for 0, 1, ...
+    const void* step_sizes;     // [chains] of the compute type, or null for step_size
+    const void* noise_scales;   // likewise
+    int64_t chains, elements;
+    double step_size, noise_scale, precision, grad_clip, low, high, lookahead_size;
+    bool noise_first;
+    uint64_t seed;
+    uint32_t step;  // the second counter word: purpose and step
+    Type type;
+    int threads;
+};
+
+}  // namespace fastgen

@@ -1,0 +1,183 @@
+// The update, one instruction set's copy of it. A block's noise is made into a buffer that stays in the first-level cache,
+// then the update runs over the block. Every element is computed alone: no result depends on the partition.
+#include "philox.inl"
+
+constexpr int64_t BLOCK = 4096;  // elements
+
+// Normals of elements [first, first + count) of one chain; first is a multiple of 4, out has room for 4 * LANES more.
+static void fill_chain(float* out, int64_t first, int64_t count, uint64_t chain, uint32_t step, const Keys& keys) {
+    u32v group;
+    for (int i = 0; i < LANES; ++i) group[lane_of(i)] = uint32_t(first / 4 + i);
+    const u32v c1 = u32v{} + step, c2 = u32v{} + uint32_t(chain), c3 = u32v{} + uint32_t(chain >> 32);
+    for (int64_t i = 0; i < count; i += 4 * LANES, group += uint32_t(LANES)) normals(group, c1, c2, c3, keys, out + i);
+}
+
+// Normals of whole chains, packed; out has room for a multiple of 4 elements a chain and 4 * LANES more.
+static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, int64_t chains, const Keys& keys) {
+    const int64_t groups = (s.elements + 3) / 4, total = chains * groups;
+    int64_t chain = 0, group = 0;
+    for (int64_t done = 0; done < total; done += LANES) {
+        u32v c0{}, c2{}, c3{};
+        for (int i = 0; i < LANES && chain < chains; ++i) {
+            const uint64_t id = s.chain_id ? s.chain_id[first_chain + chain] : first_chain + chain;
+            const int lane = lane_of(i);
+            c0[lane] = uint32_t(group), c2[lane] = uint32_t(id), c3[lane] = uint32_t(id >> 32);
+            if (++group == groups) group = 0, ++chain;
+        }
+        normals(c0, u32v{} + s.step, c2, c3, keys, out + 4 * done);
+    }
+    if (s.elements % 4 != 0)
+        for (int64_t c = 1; c < chains; ++c)
+            std::memmove(out + c * s.elements, out + c * 4 * groups, s.elements * sizeof(float));
+}
+
+template <class To, class From>
+static inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+struct Bfloat16 {
+    uint16_t raw;
+};
+struct Float16 {
+    uint16_t raw;
+};
+
+static inline float load(float x) { return x; }
+static inline double load(double x) { return x; }
+static inline float load(Bfloat16 x) { return bits<float>(uint32_t(x.raw) << 16); }
+static inline float load(Float16 x) {
+    const uint32_t magnitude = (x.raw & 0x7fffu) << 13, sign = (x.raw & 0x8000u) << 16;
+    const float finite = bits<float>(magnitude) * 0x1p112f;  // exact, subnormals among them
+    const uint32_t infinite = magnitude | 0x7f800000u;
+    return bits<float>((magnitude >= 0x0f800000u ? infinite : bits<uint32_t>(finite)) | sign);
+}
+
+static inline void store(float& to, float x) { to = x; }
+static inline void store(double& to, double x) { to = x; }
+static inline void store(Bfloat16& to, float x) {  // to nearest even
+    const uint32_t b = bits<uint32_t>(x);
+    to.raw = uint16_t(x == x ? (b + 0x7fffu + (b >> 16 & 1u)) >> 16 : b >> 16 | 0x40u);
+}
+static inline void store(Float16& to, float x) {  // to nearest even
+    const uint32_t b = bits<uint32_t>(x), sign = b >> 16 & 0x8000u, magnitude = b & 0x7fffffffu;
+    // Adding ½ leaves the subnormal's 10 bits, rounded, at the bottom of the sum.
+    const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    to.raw = uint16_t(sign | (magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? subnormal : normal));
+}
+
+template <class Real>
+struct Scalars {
+    Real step_size, noise_scale, precision, clip, low, high, first_low, first_high, lookahead;
+};
+
+template <class Real>
+static inline Real bound(Real x, Real low, Real high) {  // NaN stays
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+template <bool PRIOR, class Real>
+static inline Real drift(Real x, Real g, const Scalars<Real>& k) {
+    g = bound(g, -k.clip, k.clip);
+    return PRIOR ? g + x * k.precision : g;
+}
+
+template <bool PRIOR, bool NOISE, class T, class Real>
+static void update(T* __restrict x, const T* grad, const float* __restrict noise, int64_t count, Scalars<Real> k) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+        const Real before = load(x[i]);
+        Real y = bound(before - k.step_size * drift<PRIOR>(before, Real(load(grad[i])), k), k.first_low, k.first_high);
+        if (NOISE) y = y + k.noise_scale * Real(noise[i]);
+        store(x[i], bound(y, k.low, k.high));
+    }
+}
+
+template <class T, class Real>
+static void block(const LangevinStep& s, int64_t offset, int64_t count, const float* noise, const Scalars<Real>& k) {
+    T* x = static_cast<T*>(s.x) + offset;
+    if (s.grad == nullptr) {
+        for (int64_t i = 0; i < count; ++i) store(x[i], Real(noise[i]));
+        return;
+    }
+    const T* grad = static_cast<const T*>(s.grad) + offset;
+    const bool prior = k.precision != 0;
+    if (s.lookahead != nullptr) {
+        T* out = static_cast<T*>(s.lookahead) + offset;
+        for (int64_t i = 0; i < count; ++i) {
+            const Real before = load(x[i]), g = load(grad[i]);
+            store(out[i], before - k.lookahead * (prior ? drift<true>(before, g, k) : drift<false>(before, g, k)));
+        }
+    }
+    if (prior)
+        noise ? update<true, true>(x, grad, noise, count, k) : update<true, false>(x, grad, noise, count, k);
+    else
+        noise ? update<false, true>(x, grad, noise, count, k) : update<false, false>(x, grad, noise, count, k);
+}
+
+template <class T, class Real>
+static void run(const LangevinStep& s) {
+    constexpr Real inf = std::numeric_limits<Real>::infinity();
+    const Scalars<Real> scalars{Real(s.step_size), Real(s.noise_scale), Real(s.precision), Real(s.grad_clip), Real(s.low),
+                                Real(s.high), s.noise_first ? Real(s.low) : -inf, s.noise_first ? Real(s.high) : inf,
+                                Real(s.lookahead_size)};
+    const Keys keys(s.seed);
+    const bool noisy = s.grad == nullptr || s.noise_scales != nullptr || s.noise_scale != 0;
+    const auto of_chain = [&](int64_t chain) {
+        Scalars<Real> k = scalars;
+        if (s.step_sizes) k.step_size = static_cast<const Real*>(s.step_sizes)[chain];
+        if (s.noise_scales) k.noise_scale = static_cast<const Real*>(s.noise_scales)[chain];
+        return k;
+    };
+    // Long chains are cut into blocks; short ones are put together, so that the lanes of a batch are full.
+    const bool cut = s.elements >= BLOCK / 4;
+    const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4);
+    const int64_t pieces = cut ? (s.elements + BLOCK - 1) / BLOCK : 1;
+    const int64_t tasks = (s.chains + together - 1) / together * pieces;
+#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 8192)
+    for (int64_t task = 0; task < tasks; ++task) {
+        alignas(64) float noise[BLOCK + 4 * LANES];
+        if (cut) {
+            const int64_t chain = task / pieces, first = task % pieces * BLOCK;
+            const int64_t count = std::min(BLOCK, s.elements - first);
+            if (noisy) fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys);
+            block<T>(s, chain * s.elements + first, count, noisy ? noise : nullptr, of_chain(chain));
+            continue;
+        }
+        const int64_t chain = task * together, chains = std::min(together, s.chains - chain);
+        if (noisy) fill_chains(noise, s, chain, chains, keys);
+        const bool apart = s.step_sizes || s.noise_scales;  // chains that differ in their scalars
+        for (int64_t c = 0; c < (apart ? chains : 1); ++c)
+            block<T>(s, (chain + c) * s.elements, apart ? s.elements : chains * s.elements,
+                     noisy ? noise + c * s.elements : nullptr, of_chain(chain + c));
+    }
+}
+
+void langevin(const LangevinStep& s) {
+    switch (s.type) {
+        case Type::float32: return run<float, float>(s);
+        case Type::float64: return run<double, double>(s);
+        case Type::bfloat16: return run<Bfloat16, float>(s);
+        case Type::float16: return run<Float16, float>(s);
+    }
+}
+
+// counter [count, 4] -> words [count, 4], for the known answers.
+void philox_words(const uint32_t* counter, int64_t count, uint64_t seed, uint32_t* words) {
+    const Keys keys(seed);
+    for (int64_t i = 0; i < count; i += LANES) {
+        u32v c[4]{}, w[4];
+        const int lanes = int(std::min<int64_t>(LANES, count - i));
+        for (int lane = 0; lane < lanes; ++lane)
+            for (int j = 0; j < 4; ++j) c[j][lane] = counter[4 * (i + lane) + j];
+        philox(c[0], c[1], c[2], c[3], keys, w);
+        for (int lane = 0; lane < lanes; ++lane)
+            for (int j = 0; j < 4; ++j) words[4 * (i + lane) + j] = w[j][lane];
+    }
+}

@@ -1,0 +1,222 @@
+"""The Langevin step in place, and its noise. `fastgen.reference.langevin` specifies noise stream v1 to the bit."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import check
+from fastgen.ops import langevin as _ops
+from fastgen.reference.langevin import STEPS
+
+_ELEMENTS = 2**34
+
+
+def langevin_step_(
+    x: Tensor,
+    grad: Tensor,
+    *,
+    step_size: float | Tensor,
+    noise_scale: float | Tensor | None = None,
+    prior_scale: float | None = None,
+    grad_clip: float | None = None,
+    clamp: tuple[float | None, float | None] | None = None,
+    noise_first: bool = False,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    chain_id: Tensor | None = None,
+    lookahead: tuple[float, Tensor] | None = None,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """One Langevin step, in place: x ← clamp(x − η·(clip(∇U) + x/σ²) + s·ε), the noise ε made in the kernel.
+
+    Args:
+        x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides.
+        grad: ∇U(x), of x's shape, dtype and device.
+        step_size: η >= 0, a number or one for each chain: [C] float32 (float64 where x is).
+        noise_scale: s >= 0, likewise; None is √(2η), the Langevin diffusion at temperature 1. FRAME's δ is
+            step_size=δ²/2, noise_scale=δ. At 0 no noise is made.
+        prior_scale: σ > 0 of a Gaussian reference N(0, σ²I), added as x·(1/σ²); None has no such term.
+        grad_clip: c > 0, holds each element of grad (not of x/σ²) within [−c, c]; None does not.
+        clamp: (low, high), either may be None; holds each element of the result within.
+        noise_first: for loops that add noise, then take the gradient there, then step. x is the noisy state that grad
+            was taken at; the call ends that step and adds the noise of the next:
+            x ← clamp(clamp(x − η·(clip(∇U) + x/σ²)) + s·ε), which differs from the default by the inner clamp alone.
+            The loop starts with `x.add_(s * langevin_noise(x, seed=seed, step=0))` and passes step=k + 1 in round k.
+        seed: 0 <= seed < 2⁶⁴, or a 0-d int64 tensor on x's device, whose 64 bits are the seed.
+        step: 0 <= step < 2²⁸, which step's noise; or a 0-d int64 tensor on x's device (taken modulo 2²⁸), which a CUDA
+            graph can advance.
+        chain_id: [C] int64, the global number of each chain, >= 0; None is 0, 1, ..., C − 1.
+        lookahead: (β, out) also writes x − β·(clip(∇U) + x/σ²) of the x before the step into `out`, like x: the
+            negatives of a derived wFRAME gradient.
+        stats: not built yet.
+
+    Returns:
+        x itself.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range. RuntimeError: x or grad
+        requires grad while grad mode is on. NotImplementedError: stats.
+
+    Notes:
+        Deterministic: the noise of an element is a function of (seed, step, chain id, index within the chain) alone,
+        so neither the order of chains, nor their split over devices or processes, nor the number of threads changes
+        it; the index counts in row-major order whatever the strides. Each product and sum is rounded once, to float32
+        (half types are widened, and rounded at the end; float64 state computes in float64 with the same normals,
+        widened), so that CPU and GPU give the same bits. NaN in x or grad stays NaN. Tensors of scalars are not
+        checked for range: that would wait for the device. Not differentiable.
+
+    Source:
+        Welling and Teh, ICML 2011; the term x/σ²: Xie et al., "A theory of generative ConvNet", ICML 2016, eq. 6;
+        noise first: Du and Mordatch, NeurIPS 2019.
+    """
+    _state("x", x)
+    check.tensor("grad", grad, dtypes=(x.dtype,))
+    _like("grad", grad, "x", x)
+    if torch.is_grad_enabled() and (x.requires_grad or grad.requires_grad):
+        name = "x" if x.requires_grad else "grad"
+        raise RuntimeError(f"{name}: langevin_step_ is not differentiable; detach it, or call under torch.no_grad()")
+    if stats is not None:
+        check.not_built("stats", stats, "stats=None")
+    precision = 0.0 if prior_scale is None else 1.0 / check.number("prior_scale", prior_scale, above=0.0) ** 2
+    clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0)
+    low, high = _interval(clamp)
+    h, step_sizes = _per_chain("step_size", step_size, x)
+    if noise_scale is None:
+        s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
+    else:
+        s, noise_scales = _per_chain("noise_scale", noise_scale, x)
+    beta, out = 0.0, None
+    if lookahead is not None:
+        beta, out = _lookahead(lookahead, x)
+    key = _key(x, seed, step, chain_id)
+    torch.ops.fastgen.langevin_step_(
+        x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out,
+        h, s, precision, clip, low, high, beta, bool(noise_first), key[3], key[4],
+    )  # fmt: skip
+    return x
+
+
+def langevin_noise(
+    like: Tensor | Sequence[int],
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    chain_id: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The standard normals that `langevin_step_` adds: noise stream v1, the same bits on every device.
+
+    Also a reproducible source of latent codes: code i of a data set is `langevin_noise((1, d), seed=s,
+    chain_id=torch.tensor([i]))`, whatever batch it stands in.
+
+    Args:
+        like: the shape [C, ...], or a tensor that gives shape, dtype and device.
+        seed, step, chain_id: as in `langevin_step_`, tensors on the result's device.
+        dtype: float32 by default (else that of `like`). The normals are made in float32, then rounded or widened.
+        device: the default device, or that of `like`.
+
+    Returns:
+        [C, ...], contiguous; |normal| <= 6.5555415.
+
+    Raises:
+        TypeError, ValueError: as `langevin_step_`.
+
+    Notes:
+        Deterministic, not differentiable.
+
+    Source:
+        `fastgen.reference.langevin`; Philox: Salmon et al., SC 2011.
+    """
+    if isinstance(like, Tensor):
+        shape: Sequence[int] = like.shape
+        dtype, device = like.dtype if dtype is None else dtype, like.device if device is None else device
+    else:
+        shape = like
+        dtype = torch.float32 if dtype is None else dtype
+    if dtype not in check.FLOATS:
+        raise TypeError(f"dtype: expected {' or '.join(map(check.short, check.FLOATS))}, got {dtype}")
+    out = torch.empty(shape, dtype=dtype, device=device)
+    _state("like", out)
+    key = _key(out, seed, step, chain_id)
+    torch.ops.fastgen.langevin_noise_(out, *key)
+    return out
+
+
+def _state(name: str, x: Any) -> None:
+    check.tensor(name, x)
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected [C, ...] with chains in dimension 0, got a 0-d tensor")
+    if x.ndim > 1 and math.prod(x.shape[1:]) > _ELEMENTS:
+        raise ValueError(f"{name}: expected at most 2**34 elements a chain, got shape {list(x.shape)}")
+
+
+def _like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    check.same(name, value, other_name, other)
+    if value.shape != other.shape:
+        raise ValueError(f"{name}: expected the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
+
+
+def _interval(clamp: Any) -> tuple[float, float]:
+    if clamp is None:
+        return -math.inf, math.inf
+    if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+        raise TypeError(f"clamp: expected None or (low, high), got {check.describe(clamp)}")
+    low = -math.inf if clamp[0] is None else check.number("clamp[0]", clamp[0])
+    high = math.inf if clamp[1] is None else check.number("clamp[1]", clamp[1])
+    if low > high:
+        raise ValueError(f"clamp: expected low <= high, got {clamp!r}")
+    return low, high
+
+
+def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    check.tensor(name, value, dtypes=(dtype,), ndim=(1,))
+    if value.shape[0] != x.shape[0]:
+        raise ValueError(f"{name}: expected one for each chain, [{x.shape[0]}], got {list(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {value.device}")
+    return value.detach()
+
+
+def _per_chain(name: str, value: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+    if isinstance(value, Tensor):
+        return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
+    return check.number(name, value, least=0.0), None
+
+
+def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
+    if not isinstance(lookahead, (tuple, list)) or len(lookahead) != 2:
+        raise TypeError(f"lookahead: expected (beta, out), got {check.describe(lookahead)}")
+    beta = check.number("lookahead[0]", lookahead[0])
+    out = check.tensor("lookahead[1]", lookahead[1], dtypes=(x.dtype,))
+    _like("lookahead[1]", out, "x", x)
+    if out is x:
+        raise ValueError("lookahead[1]: expected a tensor of its own, got x")
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise RuntimeError("lookahead[1]: langevin_step_ is not differentiable; detach it")
+    return beta, out
+
+
+def _key(
+    x: Tensor, seed: Any, step: Any, chain_id: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """(chain_id, seed tensor, step tensor, seed, step): the arguments as the op wants them."""
+    if chain_id is not None:
+        chain_id = _vector("chain_id", chain_id, x, torch.int64)
+    numbers: list[int] = []
+    tensors: list[Tensor | None] = []
+    for name, value, most in (("seed", seed, 2**64 - 1), ("step", step, STEPS - 1)):
+        if isinstance(value, Tensor):
+            check.tensor(name, value, dtypes=(torch.int64,), ndim=(0,))
+            if value.device != x.device:
+                raise ValueError(f"{name}: expected the device of x, {x.device}, got {value.device}")
+            tensors.append(value)
+            numbers.append(0)
+        else:
+            number = check.integer(name, value, least=0, most=most)
+            tensors.append(None)
+            numbers.append(number - 2**64 if number >= 2**63 else number)
+    return chain_id, tensors[0], tensors[1], numbers[0], numbers[1]

@@ -1,0 +1,154 @@
+"""The Langevin step, and noise stream v1: public and frozen.
+
+**Stream v1** gives element i of a chain at a step one standard normal, a function of (seed, step, chain id, i) alone:
+
+    key      = (seed mod 2³², seed div 2³²)                                                     0 <= seed < 2⁶⁴
+    counter  = (i div 4, purpose·2²⁸ + step, chain id mod 2³², chain id div 2³²)    i < 2³⁴, step < 2²⁸, chain id < 2⁶³
+    w0..w3   = Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), Random123's order
+    normal(i) = n[i mod 4],   n0, n1 = pair(w0, w1),   n2, n3 = pair(w2, w3)
+
+i counts a chain's elements in row-major order whatever the strides. The purpose, the top 4 bits of the second counter
+word, is 0 for this noise; 1 to 15 are kept for other draws. pair(a, b) is Box–Muller on float32:
+
+    u = float32((a >> 1) | 1)·2⁻³¹                 31 bits, the midpoints of 2³⁰ cells, then rounded to float32; never 0
+    r = √(−2 ln u),  negated if bit 31 of b is set                                                   r <= 6.5555415
+    φ = (π/4)·float32(t)·2⁻³¹,  t = the int32 whose bits are (b << 2) | 2                    φ in [−π/4, π/4], never 0
+    pair = (r·sin φ, r·cos φ) if bit 30 of b is set, else (r·cos φ, r·sin φ)
+
+Each operation on float32 is a +, −, × or √, rounded to nearest even with no fused multiply-add, in the order of `pair`
+below, and no intermediate is subnormal. So C++, Triton and this file give the same bits on every processor and GPU.
+Against exact logarithm, sine and cosine of the same integers the radius is within 1.2e-7, sine and cosine within 1.9e-7,
+and a normal within 3.2e-7, relatively. The largest |normal| is 6.5555415, which a normal distribution passes once in 1.8e10.
+
+Known answers (seed, step, chain id: the eight words of elements 0 to 7; their normals as float32 bits):
+
+KNOWN_ANSWERS
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+PURPOSE_NOISE = 0
+STEPS = 2**28
+LOW = 0xFFFFFFFF
+
+# −2 ln(1 + x) = −2x + x²·L(x) on [√½ − 1, √2 − 1], sin y = y + y·y²·S(y²), cos y = 1 + y²·C(y²) on [−π/4, π/4]:
+# minimax in the relative error (3.0e-8, 4e-9, 3.8e-8), rounded to float32, lowest power first.
+L = (
+    0.9999998211860657,
+    -0.6666790246963501,
+    0.5000351071357727,
+    -0.39924144744873047,
+    0.33141016960144043,
+    -0.2983594536781311,
+    0.2861504554748535,
+    -0.1746968924999237,
+)
+S = (-0.16666655242443085, 0.00833216030150652, -0.00019515282474458218)
+C = (-0.4999988377094269, 0.041655778884887695, -0.0013591853203251958)
+MINUS_2_LN2 = -1.6525916635146132e-07  # times 2⁻²³: it multiplies an exponent that still stands in bits 23 and up
+QUARTER_PI = 3.65729529994141e-10  # times 2⁻³¹
+SQRT_HALF = 0x3F3504F3  # the bits of √½
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10. Words are int64 tensors in [0, 2³²); 32 × 32 -> 64 bit products wrap into int64 unharmed."""
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & LOW) ^ c1 ^ k0, b & LOW, (a >> 32 & LOW) ^ c3 ^ k1, a & LOW
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return c0, c1, c2, c3
+
+
+def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + coefficient
+    return value
+
+
+def pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words, int64 in [0, 2³²), to two float32 normals."""
+    # u = m·2ᵉ with m in [√½, √2): e is split off from √½'s bits on, and stays in its place, a multiple of 2²³.
+    k = ((a >> 1) | 1).to(torch.int32).float().view(torch.int32) - (SQRT_HALF + (31 << 23))
+    m = ((k & 0x7FFFFF) + SQRT_HALF).view(torch.float32)
+    x = m - 1.0
+    square = ((x * x) * horner(x, L) - (x + x)) + (k & -0x800000).float() * MINUS_2_LN2
+    r = (
+        square.double().sqrt().float()
+    )  # torch's float32 square root on a CPU is not always the nearest: it may be MKL's
+    r = torch.where(b >> 31 == 1, -r, r)
+    t = ((b << 2) & LOW) | 2
+    y = torch.where(t < 2**31, t, t - 2**32).to(torch.int32).float() * QUARTER_PI
+    z = y * y
+    sine = y + y * (z * horner(z, S))
+    cosine = 1.0 + z * horner(z, C)
+    swap = (b >> 30 & 1) == 1
+    return r * torch.where(swap, sine, cosine), r * torch.where(swap, cosine, sine)
+
+
+def words(elements: int, chain_id: Tensor, seed: int, step: int, purpose: int = PURPOSE_NOISE) -> Tensor:
+    """chain_id [C] int64 -> [C, ceil(elements / 4), 4] int64: the words of each group of four elements."""
+    group = torch.arange(-(-elements // 4), device=chain_id.device)[None, :].expand(len(chain_id), -1)
+    chain = chain_id[:, None].expand_as(group)
+    second = torch.full_like(group, purpose << 28 | step % STEPS)
+    return torch.stack(philox(group, second, chain & LOW, chain >> 32 & LOW, seed), dim=-1)
+
+
+def normals(elements: int, chain_id: Tensor, seed: int, step: int) -> Tensor:
+    """chain_id [C] int64 -> [C, elements] float32 of stream v1."""
+    w = words(elements, chain_id, seed, step)
+    n0, n1 = pair(w[..., 0], w[..., 1])
+    n2, n3 = pair(w[..., 2], w[..., 3])
+    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :elements]
+
+
+def bound(x: Tensor, low: float, high: float) -> Tensor:
+    """x held within [low, high]; NaN stays NaN."""
+    x = torch.where(x < low, low, x)
+    return torch.where(x > high, high, x)
+
+
+def step_(
+    x: Tensor,
+    grad: Tensor,
+    chain_id: Tensor,
+    step_size: float | Tensor,
+    noise_scale: float | Tensor,
+    precision: float,
+    grad_clip: float,
+    low: float,
+    high: float,
+    noise_first: bool,
+    seed: int,
+    step: int,
+    lookahead: float = 0.0,
+    lookahead_out: Tensor | None = None,
+) -> None:
+    """In place on x [C, ...]. Scalars are rounded to the compute type: float64 for float64, else float32.
+
+    d = bound(grad, ±grad_clip) + x·precision                          (no second term at precision 0)
+    y = x − step_size·d                                                (bounded here too if noise_first)
+    x = bound(y + noise_scale·ε, low, high)                            (no noise at noise_scale 0)
+    lookahead_out = x_before − lookahead·d
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = [-1] + [1] * (x.ndim - 1)
+    before = x.to(compute)
+    d = bound(grad.to(compute), -grad_clip, grad_clip)
+    if precision != 0:
+        d = d + before * precision
+    if lookahead_out is not None:
+        lookahead_out.copy_(before - d * lookahead)
+    h = step_size.to(compute).view(shape) if isinstance(step_size, Tensor) else step_size
+    y = before - d * h
+    if noise_first:
+        y = bound(y, low, high)
+    if isinstance(noise_scale, Tensor) or noise_scale != 0:
+        elements = math.prod(x.shape[1:])
+        s = noise_scale.to(compute).view(shape) if isinstance(noise_scale, Tensor) else noise_scale
+        y = y + normals(elements, chain_id, seed, step).view(x.shape).to(compute) * s
+    x.copy_(bound(y, low, high))
