@@ -53,6 +53,7 @@ def _parser(command: str, description: str) -> Any:
 def _quiet() -> None:
     """Lightning's advice on data-loader workers and its banner do not apply: the data is in memory."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
@@ -91,9 +92,12 @@ def train(argv: list[str]) -> None:
             raise UserError(
                 f"{name}: expected --{name}; `fastgen train {chosen.__name__.lower()} --help` lists the options"
             )
-    built = parser.instantiate_classes(parsed)
+    built = parser.instantiate(parsed)
     _quiet()
-    model = chosen(**{name: getattr(parsed, name) for name in given})
+    try:
+        model = chosen(**{name: getattr(parsed, name) for name in given})
+    except (ValueError, TypeError) as error:  # its own checks of its arguments
+        raise UserError(str(error)) from None
     options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
     model.fit(data.load(parsed.data), parsed.out, resume=parsed.resume, trainer=options)
     print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")

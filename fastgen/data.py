@@ -113,7 +113,7 @@ def _array(path: Path) -> Tensor:
 
 def _unit(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
-        return torch.from_numpy(array).float() / 255
+        return torch.from_numpy(array.astype(np.float32) / np.float32(255))
     if array.dtype.kind != "f":
         raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
     low, high = float(array.min()), float(array.max())

@@ -222,7 +222,9 @@ def mmd(
     least = 1 if estimator == "biased" else 2
     for name, points in (("x", x), ("y", y)):
         if points.shape[-2] < least:
-            raise ValueError(f"{name}: expected at least {least} points for {estimator=}, got shape {list(points.shape)}")
+            raise ValueError(
+                f"{name}: expected at least {least} points for {estimator=}, got shape {list(points.shape)}"
+            )
     if x.shape[-1] < 1:
         raise ValueError(f"x: expected at least 1 coordinate, got shape {list(x.shape)}")
     if estimator == "u_statistic" and x.shape[-2] != y.shape[-2]:

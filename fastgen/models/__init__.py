@@ -18,6 +18,6 @@ def model_class(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name in ("lightning", "jsonargparse"):
-            raise UserError(f"training needs the package {error.name}: pip install 'fastgen[train]'") from None
-        raise
+        if str(error.name).split(".")[0] != "lightning":
+            raise
+        raise UserError("training needs the package lightning: pip install 'fastgen[train]'") from None

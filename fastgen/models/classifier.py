@@ -61,7 +61,7 @@ class _Part(torch.nn.Module):
 
 
 def fit_classifier(
-    images: Images, *, epochs: int = 12, seed: int = 0, trainer: dict[str, Any] | None = None
+    images: Images, *, epochs: int = 8, seed: int = 0, trainer: dict[str, Any] | None = None
 ) -> Classifier:
     """Train on `images.train`; standardise by `images.test`."""
     with torch.random.fork_rng(devices=[]):

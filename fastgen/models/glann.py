@@ -16,6 +16,12 @@ from fastgen.nn import PerceptualLoss
 
 NAME = "glann"
 
+# What is compared by default: four depths of EfficientNet-lite0; GLANN's own taps of VGG16.
+LAYERS = {
+    "efficientnet-lite0": ("block0", "block2", "block4", "block10"),
+    "vgg16": ("relu1_2", "relu2_2", "conv3_2"),
+}
+
 
 class GLANN:
     """Generative latent nearest neighbours: x = G(T(e)), e ~ N(0, I).
@@ -33,7 +39,7 @@ class GLANN:
         width: channels of the generator's last hidden layer.
         trunk: the perceptual network: "efficientnet-lite0" (weights come with the extra `train`), "vgg16",
             "alexnet" or "squeezenet1_1" (weights from torch hub's cache).
-        layers: its layers that are compared.
+        layers: its layers that are compared; default four depths of EfficientNet-lite0, GLANN's own taps of VGG16.
         pixel_weight: of the mean absolute pixel difference beside the features.
         glo_epochs: epochs of stage 1.
         glo_batch: images a step of stage 1.
@@ -107,11 +113,12 @@ class GLANN:
 
         Raises UserError where `out` holds another run, or one that was asked for differently.
         """
+        loss = self._loss()  # what it lacks is said before the folder is claimed
         record = {"model": NAME, "data": images.name, "arguments": self.arguments}
         run = Run.start(out, record, resume=resume)
         a, options = self.arguments, trainer or {}
         with run.phase("glo"):
-            glo = self._glo(images.train)
+            glo = self._glo(images.train, loss)
             run.fit("glo", glo, row_loader(len(images.train), a["glo_batch"], a["seed"]), a["glo_epochs"], options)
         imle = self._imle(glo.latent.weight.detach())
         loader = row_loader(len(images.train), a["imle_batch"], a["seed"] + 1)
@@ -126,7 +133,7 @@ class GLANN:
     def load(cls, run: Run, images: data.Images) -> "GLANN":
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
-        glo, imle = model._glo(images.train, loss=None), None
+        glo, imle = model._glo(images.train, None), None
         try:
             glo.load_state_dict(run.load("glo"))
             imle = model._imle(glo.latent.weight.detach())
@@ -135,11 +142,18 @@ class GLANN:
             raise check.UserError(f"{run.path}: its checkpoints do not fit its run.json: {error}") from None
         return model._take(glo, imle)
 
-    def _glo(self, images: Tensor, loss: Any = "make") -> GLO:
+    def _loss(self) -> PerceptualLoss:
         a = self.arguments
-        if loss == "make":
-            layers = {} if a["layers"] is None else {"layers": list(a["layers"])}
-            loss = PerceptualLoss(a["trunk"], pixel_weight=a["pixel_weight"], **layers)
+        layers = a["layers"] or LAYERS.get(a["trunk"])
+        if layers is None:
+            raise check.UserError(f"layers: expected names of layers of {a['trunk']!r} to compare")
+        try:
+            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"], pad_to=32)
+        except (ValueError, TypeError, OSError) as error:
+            raise check.UserError(str(error)) from None
+
+    def _glo(self, images: Tensor, loss: PerceptualLoss | None) -> GLO:
+        a = self.arguments
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
             latent = initial_latents(images, a["latent_dim"], a["latent_init"], generator(a["seed"], 0, 2))

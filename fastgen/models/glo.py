@@ -15,7 +15,7 @@ class GLO(LightningModule):
     """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1.
 
     images: float32 [N, C, H, W] in [0, 1]; they and the loss's cached target features live on the module's device
-    loss: a perceptual loss; frozen, not part of the checkpoint
+    loss: a perceptual loss; frozen, not part of the checkpoint; None for a module that only loads one
     latent: [N, latent_dim] rows on the unit sphere to start from
     generator_lr, latent_lr: Adam's (β = .5, .999) at the start; both fall to 0 along a cosine over `steps` steps
 
@@ -30,7 +30,7 @@ class GLO(LightningModule):
     def __init__(
         self,
         images: Tensor,
-        loss: PerceptualLoss,
+        loss: PerceptualLoss | None,
         latent: Tensor,
         *,
         width: int,
@@ -49,7 +49,7 @@ class GLO(LightningModule):
 
     def on_fit_start(self) -> None:
         loss = self._held["loss"].to(self.device)
-        self._held["target"] = loss.target(self._held["images"].to(self.device))
+        self._held["target"] = loss.target(self._held["images"].to(self.device), chunk=256)
 
     def on_fit_end(self) -> None:
         del self._held["target"]

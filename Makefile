@@ -1,0 +1,64 @@
+# make demo: set up, train GLANN on real digits, measure it, all on the CPU. make test: set up and test.
+#
+# PIP_ARGS is handed to pip: where a CPU build of torch lies at hand, PIP_ARGS="--find-links FOLDER" takes it.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+# Arguments of the demo's training beyond its defaults; CI trains a tenth as long.
+DEMO_ARGS ?=
+STAGE ?= test
+RESULTS ?= benchmarks/results
+
+export FASTGEN_REQUIRE_EXT = 1
+
+.PHONY: build demo test check check-kernels bench gpu clean
+
+build: $(VENV)/installed
+
+# Editable: Python changes need no reinstall, the extension's and the pins' do.
+$(VENV)/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: build
+	@if [ -e $(OUT) ]; then kept=$(OUT).$$(date -r $(OUT) +%Y%m%d-%H%M%S); mv $(OUT) $$kept && echo "the earlier run is kept in $$kept"; fi
+	$(BIN)/fastgen train glann --data mnist5k --out $(OUT) $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks demo --out $(OUT)/benchmark.json
+	$(BIN)/fastgen evaluate $(OUT)
+	@echo "look at $(OUT)/samples.png and $(OUT)/report.md"
+
+test: build
+	$(BIN)/python -m pytest -q
+
+check: build
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Every configuration of every Triton kernel, compiled for every target; needs no GPU.
+check-kernels: build
+	$(BIN)/python -m fastgen.kernels.aot --all
+
+bench: build
+	$(BIN)/python -m benchmarks all --out $(RESULTS)/cpu.json
+
+# On a machine with a GPU, in place and without installing: python3 there has torch, triton, numpy and pybind11.
+gpu: gpu-$(STAGE)
+
+.PHONY: gpu-test gpu-bench gpu-tune gpu-profile
+gpu-test:
+	mkdir -p $(RESULTS)
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -m gpu --junitxml $(RESULTS)/gpu-test.xml
+
+gpu-bench:
+	$(PYTHON) -m benchmarks all --device cuda --out $(RESULTS)/gpu.json
+
+gpu-tune gpu-profile:
+	@echo "make gpu STAGE=$(STAGE): not built yet; test and bench are" >&2; exit 2
+
+clean:
+	rm -rf build dist *.egg-info fastgen/_C*.so $(VENV)/installed

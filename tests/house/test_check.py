@@ -1,0 +1,52 @@
+"""Checks name the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+from fastgen import check
+
+
+def test_tensor() -> None:
+    x = torch.zeros(2, 3)
+    assert check.tensor("x", x, ndim=(2,)) is x
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got list"):
+        check.tensor("x", [1.0])
+    with pytest.raises(TypeError, match=r"x: expected float64 or .* got int64"):
+        check.tensor("x", torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: expected 1 or 3 dimensions, got shape \[2, 3\]"):
+        check.tensor("x", x, ndim=(1, 3))
+    with pytest.raises(TypeError, match="dense"):
+        check.tensor("x", x.to_sparse())
+
+
+def test_same() -> None:
+    with pytest.raises(TypeError, match="y: expected the dtype of x, float32, got float64"):
+        check.same("y", torch.zeros(1, dtype=torch.float64), "x", torch.zeros(1))
+    with pytest.raises(ValueError, match="y: expected the device of x, cpu, got meta"):
+        check.same("y", torch.zeros(1, device="meta"), "x", torch.zeros(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0, 3.0])
+def test_number_out_of_range(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"s: expected a finite number > 0 and <= 2, got"):
+        check.number("s", bad, above=0, most=2)
+
+
+def test_number_and_integer() -> None:
+    assert check.number("s", 1) == 1.0
+    assert check.integer("k", 3, least=1) == 3
+    for bad in (True, "1", None):
+        with pytest.raises(TypeError, match="s: expected a number"):
+            check.number("s", bad)
+        with pytest.raises(TypeError, match="k: expected an integer"):
+            check.integer("k", bad)
+    with pytest.raises(ValueError, match="k: expected an integer >= 1 and <= 4, got 5"):
+        check.integer("k", 5, least=1, most=4)
+
+
+def test_choice_and_not_built() -> None:
+    assert check.choice("kernel", "imq", ("imq", "rbf")) == "imq"
+    with pytest.raises(ValueError, match="kernel: expected one of 'imq', 'rbf', got 'x'"):
+        check.choice("kernel", "x", ("imq", "rbf"))
+    with pytest.raises(NotImplementedError, match="group='g' is not built yet; what works: None"):
+        check.not_built("group", "g", "None")

@@ -1,0 +1,116 @@
+"""Data sets by name and path: values, splits, and errors that say what to do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen import data
+from fastgen.check import UserError
+
+
+def test_mnist5k() -> None:
+    images = data.load("mnist5k")
+    assert images.train.shape == (4000, 1, 28, 28)
+    assert images.test.shape == (1000, 1, 28, 28)
+    assert images.train.dtype == torch.float32
+    assert images.test_label is not None
+    assert images.train_label is not None
+    assert images.test_label.bincount().tolist() == [100] * 10
+    assert images.train_label.bincount().tolist() == [400] * 10
+    assert float(images.train.min()) == 0
+    assert float(images.train.max()) == 1
+    # No test image is a training image too.
+    both = torch.cat([images.train, images.test]).flatten(1)
+    assert len(both.unique(dim=0)) == 5000
+
+
+def test_split_is_fixed() -> None:
+    first, second = data.load("digits"), data.load("digits")
+    assert torch.equal(first.test, second.test)
+    assert len(first.train) + len(first.test) == 1797
+    assert first.shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("layout", ["hw", "chw", "hwc", "grey-hwc"])
+def test_array(tmp_path: Path, layout: str) -> None:
+    shape = {"hw": (20, 6, 5), "chw": (20, 3, 6, 5), "hwc": (20, 6, 5, 3), "grey-hwc": (20, 6, 5, 1)}[layout]
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    images = data.load(str(tmp_path / "a.npy"))
+    assert images.shape == ((3 if "3" in str(shape[1:]) else 1), 6, 5)
+    assert len(images.train) == 16
+    assert images.train_label is None
+    total = float(images.train.double().sum() + images.test.double().sum())
+    assert total == pytest.approx(array.astype(float).sum() / 255, rel=1e-6)
+
+
+def test_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i:02}.png")
+    images = data.load(str(tmp_path))
+    assert images.shape == (3, 4, 5)
+    total = float(images.train.double().sum() + images.test.double().sum())
+    assert total == pytest.approx(pixels.astype(float).sum() / 255, rel=1e-6)
+
+
+def _bad(tmp_path: Path, name: str) -> str:
+    file = tmp_path / "a.npy"
+    if name == "pickled":
+        np.save(file, np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
+    elif name == "short":
+        np.save(file, np.zeros((20, 4, 4), np.uint8))
+        file.write_bytes(file.read_bytes()[:-50])
+    elif name == "int":
+        np.save(file, np.zeros((20, 4, 4), np.int64))
+    elif name == "range":
+        np.save(file, np.full((20, 4, 4), 255.0, np.float32))
+    elif name == "nan":
+        np.save(file, np.full((20, 4, 4), np.nan, np.float32))
+    elif name == "shape":
+        np.save(file, np.zeros((20, 4), np.uint8))
+    elif name == "empty":
+        np.save(file, np.zeros((0, 4, 4), np.uint8))
+    elif name == "few":
+        np.save(file, np.zeros((3, 4, 4), np.uint8))
+    elif name == "no-images":
+        (tmp_path / "notes.txt").write_text("none")
+        return str(tmp_path)
+    elif name == "sizes":
+        from PIL import Image
+
+        for i in range(12):
+            Image.new("L", (4 + i // 11, 4)).save(tmp_path / f"{i}.png")
+        return str(tmp_path)
+    elif name == "broken-png":
+        (tmp_path / "a.png").write_bytes(b"not a picture")
+        return str(tmp_path)
+    else:
+        return "mnits5k"
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pickled", "cannot be read"),
+        ("short", "cannot be read"),
+        ("int", "uint8 or floating"),
+        ("range", r"in \[0, 1\]"),
+        ("nan", r"in \[0, 1\]"),
+        ("shape", "expected .N, H, W"),
+        ("empty", "expected .N, H, W"),
+        ("few", "at least 10"),
+        ("no-images", "no .png"),
+        ("sizes", "one size"),
+        ("broken-png", "cannot be read as an image"),
+        ("unknown", "expected one of mnist5k, digits"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        data.load(_bad(tmp_path, name))

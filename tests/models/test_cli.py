@@ -1,0 +1,145 @@
+"""The command line: the main job end to end on a small scale, and one or two sentences with status 2 for each mistake."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen.cli import main
+
+SMALL = (
+    "--latent_dim=6 --width=4 --layers=[block0] --glo_epochs=2 --glo_batch=64 --hidden=16 --imle_epochs=2 --pool=2 "
+    "--trainer.enable_progress_bar=false --trainer.accelerator=cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "glann", "--data", "digits", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_train_evaluate_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"family": "mmd", "work": "w", "provider": "fastgen", "seconds": 1e-3, "status": "ok"},
+        {"family": "mmd", "work": "w", "provider": "eager", "seconds": 5e-3, "status": "ok"},
+    ]
+    machine = {"device": "cpu x", "threads": 2, "torch": "2", "date": "2026-01-01"}
+    (run / "benchmark.json").write_text(json.dumps({"rows": rows, "machine": machine}))
+    assert main(["evaluate", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    keys = {"kid", "precision", "recall", "density", "coverage", "confident", "rarest_class"}
+    for who in ("real", "gaussian", "glann"):
+        assert set(metrics[who]) == keys | {"spread"}
+        for key in keys:
+            low, high = metrics[who]["spread"][key]
+            assert low <= metrics[who][key] <= high
+    assert metrics["real"]["kid"] < metrics["gaussian"]["kid"]
+    assert metrics["classifier_accuracy"] > 0.9
+    assert {"glo", "imle", "imle_search", "classifier", "metrics"} <= set(metrics["seconds"])
+    assert metrics["peak_rss"]["train"] > 2**27
+    for name in ("samples", "reconstructions", "interpolations", "neighbours", "curves"):
+        assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG", name
+    report = (run / "report.md").read_text()
+    assert "| mmd | w | 1 ms | 5 ms | 5.0× |" in report
+    assert "| glo |" in report
+
+    assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "a.npy")]) == 0
+    assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "b.npy")]) == 0
+    assert main(["sample", str(run), "--n", "7", "--out", str(tmp_path / "deep" / "c.png")]) == 0
+    drawn = np.load(tmp_path / "a.npy")
+    assert drawn.shape == (7, 1, 8, 8)
+    assert drawn.dtype == np.float32
+    assert np.array_equal(drawn, np.load(tmp_path / "b.npy"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npy", "b.npy", "deep"]
+
+
+def test_resume_takes_the_runs_own_arguments(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.load(run / "imle" / "last.ckpt", weights_only=True)["state_dict"]
+    assert main(["train", "glann", "--out", str(run), "--resume", "--trainer.enable_progress_bar=false"]) == 0
+    after = torch.load(run / "imle" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in before.items():
+        assert torch.equal(value, after[name])
+    assert main(["train", "glann", "--out", str(run), "--resume", "--latent_dim=9"]) == 2
+    assert "latent_dim: the run in" in capsys.readouterr().err
+
+
+def test_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    lines = [flag.removeprefix("--").replace("=", ": ", 1) for flag in SMALL if not flag.startswith("--trainer")]
+    lines += ["trainer:", "  enable_progress_bar: false", "data: digits", f"out: {tmp_path / 'run'}"]
+    config.write_text("\n".join(lines))
+    assert main(["train", "glann", "--config", str(config), "--latent_dim=5"]) == 0
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert arguments["latent_dim"] == 5
+    assert arguments["width"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["fly"], "expected one of train, sample, evaluate, info, got 'fly'"),
+        (["train"], "expected a model first, one of glann"),
+        (["train", "gan"], "expected one of glann, got 'gan'"),
+        (["train", "glann"], "expected --data"),
+        (["train", "glann", "--data", "mnits"], "out"),
+        (["train", "glann", "--data", "mnits", "--out", "{tmp}/new"], "expected one of mnist5k, digits"),
+        (["train", "glann", "--data", "digits", "--out", "{run}"], "holds another run"),
+        (["train", "glann", "--data", "digits", "--out", "{run}/run.json"], "is a file"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--resume"], "no run yet"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--pool", "0"], "pool: expected"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--pool", "many"], "pool"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--colour", "red"], "colour"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--layers", "[block99]"], "block99"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--trunk", "resnet"], "resnet"),
+        (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--trunk", "vgg16"], "vgg16-397923af.pth"),
+        (["train", "glann", "--config", "{tmp}/none.yaml"], "none.yaml"),
+        (["sample", "{tmp}/none", "--out", "{tmp}/a.png"], "holds no run"),
+        (["sample", "{run}", "--out", "{tmp}/a.gif"], "expected a .png or .npy"),
+        (["sample", "{run}", "--out", "{tmp}/a.png", "--n", "0"], "n: expected at least 1"),
+        (["evaluate", "{tmp}"], "holds no run"),
+        (["info", "x"], "expected no arguments"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_sentence(
+    run: Path,
+    tmp_path: Path,
+    argv: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-weights"))
+    argv = [a.format(run=run, tmp=tmp_path) for a in argv]
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # jsonargparse's own refusals
+        status = int(str(stop.code))
+    err = capsys.readouterr().err
+    assert status == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_info_names_a_kernel_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for family in ("mmd", "langevin", "perceptual", "nearest"):
+        assert f"  {family}: " in out
+    assert "mmd: cpp (fastgen._C" in out
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "evaluate RUN" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "glann", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--latent_init" in text
+    assert "--trainer.accelerator" in text
+    assert "normalised principal-component scores" in text.replace("\n", " ") or "principal-component" in text

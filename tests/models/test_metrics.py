@@ -1,0 +1,83 @@
+"""The metrics against naive float64 definitions."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen import metrics
+from fastgen.data import Images
+from fastgen.models.evaluation import Gaussian
+
+
+def naive_kid(x: np.ndarray, y: np.ndarray) -> float:
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx, yy = kernel(x, x), kernel(y, y)
+    return float(
+        (xx.sum() - np.trace(xx)) / n / (n - 1) + (yy.sum() - np.trace(yy)) / m / (m - 1) - 2 * kernel(x, y).mean()
+    )
+
+
+def naive_manifold(real: np.ndarray, fake: np.ndarray, k: int) -> list[float]:
+    def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(2))
+
+    real_radius = np.sort(distances(real, real), 1)[:, k]
+    fake_radius = np.sort(distances(fake, fake), 1)[:, k]
+    between = distances(real, fake)
+    inside = between < real_radius[:, None]
+    return [
+        inside.any(0).mean(),
+        (between < fake_radius[None]).any(1).mean(),
+        inside.sum(0).mean() / k,
+        inside.any(1).mean(),
+    ]
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(40, 31, 5), (13, 64, 16)])
+def test_against_definitions(n: int, m: int, d: int) -> None:
+    random = np.random.default_rng(n)
+    real, fake = random.normal(size=(n, d)).astype(np.float32), random.normal(0.4, 1.3, (m, d)).astype(np.float32)
+    x, y = torch.from_numpy(real), torch.from_numpy(fake)
+    assert metrics.kid(x, y) == pytest.approx(naive_kid(real.astype(float), fake.astype(float)), rel=1e-5, abs=1e-6)
+    expected = naive_manifold(real.astype(float), fake.astype(float), 5)
+    assert list(metrics.manifold(x, y, 5)) == pytest.approx(expected, abs=1e-12)
+    assert metrics.manifold(x, y, 5, block=7) == metrics.manifold(x, y, 5)
+
+
+def test_same_points_and_far_points() -> None:
+    x = torch.randn(50, 4)
+    same = metrics.manifold(x, x.clone())
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert 1 < same.density < 1.3  # each point also stands in its own ball
+    assert metrics.manifold(x, x + 1000) == (0, 0, 0, 0)
+
+
+def test_certainty() -> None:
+    logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 9.0, 0], [0.1, 0, 0.2]])
+    assert metrics.certainty(logits) == (0.75, 0.25)
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ValueError, match="fake: expected more than k = 5 points, got 5"):
+        metrics.manifold(torch.randn(9, 2), torch.randn(5, 2))
+    with pytest.raises(TypeError, match="fake"):
+        metrics.manifold(torch.randn(9, 2), torch.randn(9, 2).double())
+
+
+def test_gaussian_baseline_has_the_datas_moments() -> None:
+    x = torch.rand(300, 1, 2, 3) * 0.1 + 0.45
+    drawn = Gaussian(x, rank=6).sample(40_000, seed=0)
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(drawn.flatten(1).T.cov(), x.flatten(1).T.cov(), atol=3e-5, rtol=0)
+
+
+def test_evaluation_without_labels_says_so(tmp_path: object) -> None:
+    from fastgen.check import UserError
+    from fastgen.models.evaluation import evaluate
+
+    images = Images("x.npy", torch.rand(10, 1, 8, 8), torch.rand(4, 1, 8, 8))
+    with pytest.raises(UserError, match=r"needs labels, x\.npy has none"):
+        evaluate(None, None, images, name="glann")  # type: ignore[arg-type]
