@@ -1,4 +1,4 @@
-"""python -m benchmarks [mmd|langevin|perceptual|nearest|all|demo] --device cpu|cuda [--quick] [--provider NAME ...] [--out FILE.json]"""
+"""Time, memory and error of fastgen beside its peers: python -m benchmarks mmd --device cpu --out FILE.json"""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""The command line: the main job end to end on a small scale, and one or two sentences with status 2 for each mistake."""
+"""The command line: the main job end to end on a small scale; a sentence or two and status 2 for each mistake."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,17 @@ import torch
 
 from fastgen.cli import main
 
-SMALL = (
-    "--latent_dim=6 --width=4 --layers=[block0] --glo_epochs=2 --glo_batch=64 --hidden=16 --imle_epochs=2 --pool=2 "
-    "--trainer.enable_progress_bar=false --trainer.accelerator=cpu"
-).split()
+SMALL = [
+    "--latent_dim=6",
+    "--width=4",
+    "--layers=[block0]",
+    "--glo_epochs=2",
+    "--hidden=16",
+    "--imle_epochs=2",
+    "--pool=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
 
 
 @pytest.fixture(scope="module")

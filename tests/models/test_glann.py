@@ -134,7 +134,7 @@ def test_a_folder_is_never_overwritten(images: data.Images, whole: Path, tmp_pat
     before = states(whole)
     with pytest.raises(UserError, match="holds another run: give --resume"):
         GLANN(**SMALL).fit(images, whole, trainer=QUIET)
-    with pytest.raises(UserError, match="latent_dim: the run in .* has 6, got 7"):
+    with pytest.raises(UserError, match=r"latent_dim: the run in .* has 6, got 7"):
         GLANN(**{**SMALL, "latent_dim": 7}).fit(images, whole, resume=True, trainer=QUIET)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty"):
