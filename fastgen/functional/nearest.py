@@ -13,7 +13,7 @@ class Nearest(NamedTuple):
     """`distance` [N, k] float32, squared L2, ascending; `index` [N, k] int64, rows of the database."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
 
 
 def nearest(
@@ -41,8 +41,8 @@ def nearest(
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: wrong shape or device, an empty operand, k above the number of rows that may be chosen, NaN or infinity
-            in a query or in a row that may be chosen, a chosen distance beyond float32 (3.4e38).
+        ValueError: wrong shape or device, an empty operand, k above the number of rows that may be chosen, NaN or
+            infinity in a query or in a row that may be chosen, a chosen distance beyond float32 (3.4e38).
         NotImplementedError: an option that is not built.
 
     Notes:

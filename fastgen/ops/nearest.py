@@ -1,7 +1,7 @@
 """fastgen::nearest and fastgen::nearest_distance.
 
-The search returns indices alone: they carry no gradient, so the op is whole without one, and the distances of the chosen
-are made anew by the second op, which costs a k/M-th of the search.
+The search returns indices alone: they carry no gradient, so the op is whole without one, and the distances of the
+chosen are made anew by the second op, which costs a k/M-th of the search.
 """
 
 from typing import Any

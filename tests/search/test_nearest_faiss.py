@@ -1,0 +1,103 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgen import functional as F
+from fastgen.search import FaissIndex
+
+faiss = pytest.importorskip("faiss")
+
+
+def test_flat_finds_the_neighbours(oracle):
+    query, database = torch.randn(40, 12), torch.randn(900, 12)
+    index = FaissIndex().add(database[:400]).add(database[400:])
+    got = index.search(query, 3)
+    expected = oracle.nearest(query, database, 3)
+    assert len(index) == 900
+    assert torch.equal(got.index, expected[1])
+    torch.testing.assert_close(got.distance, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_far_from_the_origin():
+    """Where the bare FAISS loses nearly every answer."""
+    query, database = 1000 + 0.01 * torch.randn(400, 800), 1000 + 0.01 * torch.randn(500, 800)
+    right = F.nearest(query, database).index
+    bare = faiss.IndexFlatL2(800)
+    bare.add(database.numpy())
+    assert (torch.from_numpy(bare.search(query.numpy(), 1)[1]) == right).float().mean() < 0.5
+    assert (FaissIndex().add(database).search(query).index == right).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("spec", ["Flat", "IVF8,Flat"])
+def test_save_and_load(tmp_path, spec):
+    database = 50 + torch.randn(600, 8)
+    index = FaissIndex(spec).train(database).add(database)
+    index.save(tmp_path / "index.faiss")
+    before, after = index.search(database[:20], 2), FaissIndex.load(tmp_path / "index.faiss").search(database[:20], 2)
+    assert torch.equal(before.index, after.index)
+    assert torch.equal(before.distance, after.distance)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.faiss"]
+
+
+def test_tune_reaches_the_index():
+    database = torch.randn(2000, 8)
+    index = FaissIndex("IVF64,Flat").train(database).add(database)
+    query = torch.randn(200, 8)
+    exact = F.nearest(query, database).index
+    few = (index.search(query).index == exact).float().mean()
+    every = (index.tune("nprobe=64").search(query).index == exact).float().mean()
+    assert few < 0.95
+    assert every == 1
+
+
+def test_minus_one_is_refused():
+    database = torch.randn(700, 4)
+    index = FaissIndex("IVF64,Flat").train(database).add(database)
+    with pytest.raises(
+        ValueError, match=r"k: expected 100 neighbours for each query, but spec 'IVF64,Flat' found fewer"
+    ):
+        index.search(torch.randn(3, 4), 100)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e300])
+def test_non_finite_is_refused(bad):
+    points = torch.randn(50, 4, dtype=torch.float64)
+    points[7, 2] = bad
+    for call in (FaissIndex().add, FaissIndex().train, FaissIndex().add(points[:5]).search):
+        with pytest.raises(ValueError, match="expected finite float32 values, got NaN or infinity in row 7"):
+            call(points)
+
+
+def test_refuses():
+    index = FaissIndex()
+    with pytest.raises(ValueError, match="k: expected at most the 0 rows"):
+        index.search(torch.randn(1, 4))
+    with pytest.raises(ValueError, match="call train first"):
+        FaissIndex("IVF8,Flat").add(torch.randn(9, 4))
+    with pytest.raises(ValueError, match=r"query: expected shape \[at least 1, 4\], got \[2, 3\]"):
+        index.add(torch.randn(9, 4)).search(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="before the first add"):
+        index.train(torch.randn(9, 4))
+    with pytest.raises(TypeError, match=r"points: expected a torch.Tensor"):
+        index.add([[1.0]])
+    with pytest.raises(ValueError, match="save: expected an index with rows"):
+        FaissIndex().save("nowhere")
+    with pytest.raises(FileNotFoundError, match="found no file"):
+        FaissIndex.load("nowhere")
+    if not hasattr(faiss, "StandardGpuResources"):
+        with pytest.raises(NotImplementedError, match="what works: device='cpu'"):
+            FaissIndex(device="cuda")
+
+
+def test_loads_lazily():
+    code = "import sys; from fastgen import search, functional; print('faiss' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastgen\[faiss\]'"):
+        FaissIndex()
