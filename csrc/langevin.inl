@@ -17,18 +17,20 @@ static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, 
     const int64_t groups = (s.elements + 3) / 4, total = chains * groups;
     int64_t chain = 0, group = 0;
     for (int64_t done = 0; done < total; done += LANES) {
-        u32v c0{}, c2{}, c3{};
+        alignas(VEC_BYTES) uint32_t counter[3][LANES] = {};
         for (int i = 0; i < LANES && chain < chains; ++i) {
             const uint64_t id = s.chain_id ? s.chain_id[first_chain + chain] : first_chain + chain;
             const int lane = lane_of(i);
-            c0[lane] = uint32_t(group), c2[lane] = uint32_t(id), c3[lane] = uint32_t(id >> 32);
+            counter[0][lane] = uint32_t(group), counter[1][lane] = uint32_t(id), counter[2][lane] = uint32_t(id >> 32);
             if (++group == groups) group = 0, ++chain;
         }
-        normals(c0, u32v{} + s.step, c2, c3, keys, out + 4 * done);
+        u32v c[3];
+        std::memcpy(c, counter, sizeof c);
+        normals(c[0], u32v{} + s.step, c[1], c[2], keys, out + 4 * done);
     }
     if (s.elements % 4 != 0)
         for (int64_t c = 1; c < chains; ++c)
-            std::memmove(out + c * s.elements, out + c * 4 * groups, s.elements * sizeof(float));
+            for (int64_t i = 0; i < s.elements; ++i) out[c * s.elements + i] = out[c * 4 * groups + i];
 }
 
 template <class To, class From>
@@ -140,7 +142,7 @@ static void run(const LangevinStep& s) {
     const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4);
     const int64_t pieces = cut ? (s.elements + BLOCK - 1) / BLOCK : 1;
     const int64_t tasks = (s.chains + together - 1) / together * pieces;
-#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 8192)
+#pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 32768)
     for (int64_t task = 0; task < tasks; ++task) {
         alignas(64) float noise[BLOCK + 4 * LANES];
         if (cut) {

@@ -42,6 +42,7 @@ class Spec:
     num_warps: int = 4
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
+    divisible: tuple[str, ...] = ()  # integers that the launcher would find divisible by 16
 
 
 def compile_spec(spec: Spec, target: str) -> Any:
@@ -51,7 +52,8 @@ def compile_spec(spec: Spec, target: str) -> Any:
 
     names = list(spec.signature)
     # Torch allocations are aligned: the launcher would specialise on it too.
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in spec.signature.items() if kind.startswith("*")}
+    aligned = [n for n, kind in spec.signature.items() if kind.startswith("*") or n in spec.divisible]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(spec.kernel, dict(spec.signature), constexprs=dict(spec.constexprs), attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -73,6 +75,7 @@ def machine_code(compiled: Any) -> dict[str, Any]:
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
         "opcodes": dict(collections.Counter(opcodes).most_common()),
+        "wide_accesses": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", sass)),  # 16 bytes of global memory
     }
 
 

@@ -193,8 +193,8 @@ def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
     beta = check.number("lookahead[0]", lookahead[0])
     out = check.tensor("lookahead[1]", lookahead[1], dtypes=(x.dtype,))
     _like("lookahead[1]", out, "x", x)
-    if out is x:
-        raise ValueError("lookahead[1]: expected a tensor of its own, got x")
+    if out is x or (not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr()):
+        raise ValueError("lookahead[1]: expected memory of its own, got x's")
     if torch.is_grad_enabled() and out.requires_grad:
         raise RuntimeError("lookahead[1]: langevin_step_ is not differentiable; detach it")
     return beta, out

@@ -1,0 +1,228 @@
+"""The Triton kernel: the reference's bits under the interpreter, and what the compiler makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.ops import langevin as ops
+from fastgen.reference import langevin as reference
+
+pytest.importorskip("triton")
+
+INF = float("inf")
+ROOT = Path(__file__).parents[2]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    from fastgen.kernels import langevin
+
+    return langevin
+
+
+def noise(kernels: ModuleType, shape: tuple[int, ...], chain_id: Tensor | None, **given: Any) -> Tensor:
+    out = torch.full(shape, float("nan"))
+    tensors = given.get("seed_tensor"), given.get("step_tensor")
+    kernels.noise_(out, chain_id, *tensors, given.get("seed", 0), given.get("step", 0), given.get("table"))
+    return out
+
+
+@interpreted
+@pytest.mark.parametrize("key", reference.KNOWN_ANSWERS)
+def test_known_answers(kernels: ModuleType, key: tuple[int, int, int]) -> None:
+    seed, step, chain = key
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    found = noise(kernels, (1, 8), torch.tensor([chain]), seed=signed, step=step)
+    bits = " ".join(f"{int(b) & 0xFFFFFFFF:08x}" for b in found.view(torch.int32).flatten())
+    assert bits == reference.KNOWN_ANSWERS[key][1]
+
+
+# Every way that chains lie in programs: (elements, table), one chain a program and many, whole groups and not.
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "table"),
+    [
+        ((2, 8192), (2048, True)), ((2, 8192), (2048, False)), ((3, 5003), (1024, True)), ((3, 5003), (2048, False)),
+        ((900, 7), None), ((5, 1), None), ((130, 64), None), ((300, 4), (64, False)), ((2, 3072), None),
+        ((1, 784), None),
+    ],
+)  # fmt: skip
+def test_normals_are_the_references_bits(
+    kernels: ModuleType, shape: tuple[int, int], table: tuple[int, bool] | None
+) -> None:
+    for chain_id in (None, torch.randint(2**62, (shape[0],))):
+        expected = reference.normals(shape[1], torch.arange(shape[0]) if chain_id is None else chain_id, 2**64 - 3, 7)
+        assert torch.equal(noise(kernels, shape, chain_id, seed=-3, step=7, table=table), expected)
+
+
+@interpreted
+def test_seed_and_step_may_lie_on_the_device(kernels: ModuleType) -> None:
+    expected = noise(kernels, (2, 64), None, seed=-(2**63) + 5, step=9)
+    found = noise(
+        kernels, (2, 64), None, seed_tensor=torch.tensor(-(2**63) + 5), step_tensor=torch.tensor(9 + 3 * 2**28)
+    )
+    assert torch.equal(found, expected)
+    assert torch.equal(expected, reference.normals(64, torch.arange(2), 2**63 + 5, 9))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"precision": 4.0, "low": -0.5, "high": 0.25},
+    {"noise_scale": 0.0, "precision": 1 / 0.3**2},
+    {"grad_clip": 0.3, "low": -0.7, "noise_first": True},
+    {"step_size": "chain", "noise_scale": "chain", "lookahead": 0.37, "grad_clip": 1.0, "precision": 0.1},
+]
+
+
+@interpreted
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_updates_are_the_references_bits(kernels: ModuleType, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    for shape, table in (((41, 7), None), ((2, 1024), None), ((1, 4099), (2048, True))):
+        x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        x.view(-1)[3], grad.view(-1)[-2] = float("nan"), float("nan")
+        chosen: dict[str, Any] = {
+            "step_size": 0.013, "noise_scale": 0.11, "precision": 0.0, "grad_clip": INF, "low": -INF, "high": INF,
+            "lookahead": 0.0, "noise_first": False, **options,
+        }  # fmt: skip
+        per_chain: list[Tensor | None] = [None, None]
+        for i, name in enumerate(("step_size", "noise_scale")):
+            if chosen[name] == "chain":
+                compute = ops.compute_dtype(dtype)
+                chosen[name], per_chain[i] = 0.0, torch.linspace(0.01, 0.4, len(x), dtype=compute) * (i + 1)
+        ahead = torch.zeros_like(x) if "lookahead" in options else None
+        state = x.clone()
+        kernels.step_(state, grad, ahead, None, *per_chain, None, None, *chosen.values(), 99, 5, table)
+
+        # The interpreter truncates to bfloat16 where the hardware rounds: the float32 result shows which.
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        expected, expected_ahead = x.to(wide), torch.zeros_like(x, dtype=wide)
+        scalars = {name: chosen[name] for name in ("precision", "grad_clip", "low", "high", "noise_first")}
+        reference.step_(
+            expected,
+            grad.to(wide),
+            torch.arange(len(x)),
+            chosen["step_size"] if per_chain[0] is None else per_chain[0],
+            chosen["noise_scale"] if per_chain[1] is None else per_chain[1],
+            **scalars,
+            seed=99,
+            step=5,
+            lookahead=chosen["lookahead"],
+            lookahead_out=None if ahead is None else expected_ahead,
+        )
+        for got, want in ((state, expected), (ahead, expected_ahead)):
+            if got is None:
+                continue
+            if dtype == torch.bfloat16:
+                want = (want.view(torch.int32) & -0x10000).view(torch.float32)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.to(wide).nan_to_num(), want.nan_to_num())
+        assert state.isnan().sum() == 2
+
+
+def test_table_wastes_at_most_an_eighth_of_a_long_chain() -> None:
+    from fastgen.kernels import launch
+
+    assert launch.langevin(3 * 32 * 32) == (256, True)
+    assert launch.langevin(3 * 64 * 64) == (512, True)
+    assert launch.langevin(64) == (256, False)
+    for elements in range(1, 20000, 37):
+        groups, one_chain = launch.langevin(elements)
+        padded = -(-elements // (4 * groups)) * 4 * groups
+        assert not one_chain or padded <= elements * 9 / 8
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgen.kernels.aot", "langevin"],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = map(json.loads, done.stdout.splitlines())
+    return {row["target"]: row for row in rows}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time(compiled: dict[str, dict[str, Any]], target: str) -> None:
+    assert compiled[target]["kernel"] == "step_fp32"
+    assert compiled[target]["shared"] == 0
+
+
+def test_machine_code_for_hopper(compiled: dict[str, dict[str, Any]]) -> None:
+    row = compiled["sm_90"]
+    opcodes, elements = row["opcodes"], 8  # a thread's: 1024 in a program of 128 threads
+    assert row["stack"] == 0
+    assert row["registers"] <= 64
+    # All of global memory goes in 16 bytes: 2 loads each of x and grad, 2 stores.
+    assert opcodes["LDG"] + opcodes["STG"] == row["wide_accesses"] == 6
+    # The polynomials and the update hold no fused multiply-add: √, correctly rounded, takes two for each pair of
+    # normals and three in its shared slow path.
+    assert opcodes["FFMA"] == 2 * elements // 2 + 3
+    # Two 64-bit products a round for each four normals; an XOR of three words is one instruction.
+    assert opcodes["IMAD"] <= 2 * 10 * elements // 4 + 16
+    executed = sum(count for name, count in opcodes.items() if name != "NOP")
+    assert executed / elements <= 76
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 1), (1000, 7), (64, 3, 32, 32), (3, 5003), (7, 64), (2, 3, 224, 224)])
+def test_compiled_bits_on_a_gpu(kernels: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
+    from fastgen import functional as F
+
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    options: dict[str, Any] = {
+        "step_size": 0.01, "noise_scale": 0.1, "prior_scale": 0.4, "grad_clip": 1.5, "clamp": (-1.0, 1.0),
+        "seed": 2**63 + 9,
+    }  # fmt: skip
+    chain_id = torch.randint(2**62, (shape[0],))
+    for extra in ({}, {"noise_first": True}, {"chain_id": chain_id}, {"noise_scale": 0.0}):
+        on_cpu = F.langevin_step_(x.clone(), grad, step=3, **options | extra)
+        moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in extra.items()}
+        on_gpu = F.langevin_step_(x.cuda(), grad.cuda(), step=3, **options | moved)
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+    expected = reference.normals(x[0].numel(), torch.arange(shape[0]), 2**63 + 9, 3).view(shape).to(dtype)
+    assert torch.equal(F.langevin_noise(x.cuda(), seed=2**63 + 9, step=3).cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_advances_its_step() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
+    from fastgen import functional as F
+
+    x, step = torch.randn(16, 3072, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    start = x.clone()
+
+    def once() -> None:
+        F.langevin_step_(x, x.sin(), step_size=0.01, seed=4, step=step)
+        step.add_(1)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    x.copy_(start)
+    step.zero_()
+    for _ in range(3):
+        graph.replay()
+    for k in range(3):
+        F.langevin_step_(start, start.sin(), step_size=0.01, seed=4, step=k)
+    assert torch.equal(x, start)

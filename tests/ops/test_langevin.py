@@ -1,0 +1,123 @@
+"""The ops: what the reference means, layouts, registration, compilation."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from fastgen.ops import backend
+from fastgen.ops import langevin as ops
+from fastgen.reference import langevin as reference
+
+INF = float("inf")
+assert ops  # it registers them
+STEP, NOISE = torch.ops.fastgen.langevin_step_, torch.ops.fastgen.langevin_noise_
+
+
+def arguments(x: Tensor, grad: Tensor, **given: Any) -> dict[str, Any]:
+    return {
+        "x": x, "grad": grad, "chain_id": None, "step_sizes": None, "noise_scales": None, "seed_tensor": None,
+        "step_tensor": None, "lookahead_out": None, "step_size": 0.02, "noise_scale": 0.2, "precision": 0.5,
+        "grad_clip": 1.0, "low": -2.0, "high": INF, "lookahead": 0.0, "noise_first": False, "seed": 3, "step": 4,
+        **given,
+    }  # fmt: skip
+
+
+def test_reference_words(oracle: ModuleType) -> None:
+    chains, seed, step = [0, 5, 2**32 - 1, 2**32 + 9, 2**63 - 1], 2**64 - 7, 2**28 - 1
+    found = reference.words(21, torch.tensor(chains), seed, step).numpy()
+    assert (found == np.stack([oracle.words(21, chain, seed, step) for chain in chains])).all()
+    assert (reference.words(4, torch.tensor([0]), 1, 2**28 + 3) == reference.words(4, torch.tensor([0]), 1, 3)).all()
+
+
+def test_reference_normals_are_box_muller(oracle: ModuleType) -> None:
+    words = torch.randint(2**32, (2, 400_000))
+    edges = torch.tensor([0, 1, 2, 3, 2**31 - 1, 2**31, 2**30, 2**30 - 1, 2**29, 3 * 2**29, 2**32 - 2, 2**32 - 1])
+    a = torch.cat((words[0], edges.repeat(len(edges))))
+    b = torch.cat((words[1], edges.repeat_interleave(len(edges))))
+    found = torch.stack(reference.pair(a, b), dim=-1).double().numpy()
+    expected = oracle.pair(a.numpy().astype(np.uint32), b.numpy().astype(np.uint32))
+    some = expected != 0  # u rounds to 1 for the largest words
+    assert np.abs(found[some] / expected[some] - 1).max() < 3.5e-7
+    assert (found[~some] == 0).all()
+    assert np.abs(found).max() == pytest.approx(6.5555415, abs=1e-7)
+
+
+@pytest.mark.parametrize("kernel", ["cpp", "reference"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 1031)])
+def test_against_float64(oracle: ModuleType, kernel: str, shape: tuple[int, ...]) -> None:
+    for dtype, tolerance in (
+        (torch.float64, 1e-7),
+        (torch.float32, 1e-6),
+        (torch.bfloat16, 2**-7),
+        (torch.float16, 2**-10),
+    ):
+        x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        chains = list(range(10, 10 + shape[0]))
+        noise = oracle.normals(x[0].numel(), chains, 3, 4).reshape(shape)
+        expected = oracle.step(
+            x.double().numpy(), grad.double().numpy(), noise, 0.02, 0.2, 2**0.5, 1.0, -2.0, 0.8, True
+        )
+        with backend.force(kernel):
+            STEP(**arguments(x, grad, chain_id=torch.tensor(chains), high=0.8, noise_first=True))
+        assert np.abs(x.double().numpy() - expected).max() < tolerance * 3
+
+
+def layouts(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    n, c, h, w = shape
+    return {
+        "channels_last": torch.randn(shape).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(w, h, c, n).permute(3, 2, 1, 0),
+        "strided": torch.randn(n, c, h, 2 * w)[..., ::2],
+        "shifted": torch.randn(n * c * h * w + 1)[1:].view(shape),
+    }
+
+
+@pytest.mark.parametrize("name", ["channels_last", "transposed", "strided", "shifted"])
+def test_layouts_in_place(name: str) -> None:
+    x, grad, ahead = (layouts((5, 3, 6, 7))[name] for _ in range(3))
+    plain, plain_ahead = x.clone(memory_format=torch.contiguous_format), torch.zeros(5, 3, 6, 7)
+    STEP(**arguments(plain, grad.contiguous(), lookahead_out=plain_ahead, lookahead=0.3))
+    pointer = x.data_ptr()
+    STEP(**arguments(x, grad, lookahead_out=ahead, lookahead=0.3))
+    assert x.data_ptr() == pointer
+    assert torch.equal(x, plain)
+    assert torch.equal(ahead, plain_ahead)
+    NOISE(x, None, None, None, 3, 4)
+    assert torch.equal(x, reference.normals(126, torch.arange(5), 3, 4).view(x.shape))
+
+
+def test_strided_tensors_of_scalars() -> None:
+    x, grad = torch.randn(6, 9), torch.randn(6, 9)
+    scales, ids = torch.rand(6, 2), torch.randint(2**40, (6, 3))
+    dense, strided = x.clone(), x.clone()
+    STEP(**arguments(strided, grad, chain_id=ids[:, 1], step_sizes=scales[:, 0], noise_scales=scales[:, 1]))
+    columns = [scales[:, 0].clone(), scales[:, 1].clone()]
+    STEP(**arguments(dense, grad, chain_id=ids[:, 1].clone(), step_sizes=columns[0], noise_scales=columns[1]))
+    assert torch.equal(strided, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4,), (3, 5), (2, 3, 4, 5)])
+def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    opcheck(STEP, (), arguments(x, grad))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    everything = {
+        "chain_id": torch.arange(shape[0]) * 7, "step_sizes": torch.rand(shape[0], dtype=compute),
+        "noise_scales": torch.rand(shape[0], dtype=compute), "seed_tensor": torch.tensor(5),
+        "step_tensor": torch.tensor(6), "lookahead_out": torch.zeros_like(x), "lookahead": 0.1,
+    }  # fmt: skip
+    opcheck(STEP, (), arguments(x, grad, **everything))
+    opcheck(NOISE, (x, None, None, None, 3, 4))
+    if len(shape) == 4:
+        opcheck(STEP, (), arguments(x.transpose(1, 2), grad.transpose(1, 2)))
+
+
+def test_schema_says_what_is_written() -> None:
+    written = [a.name for a in STEP.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert written == ["x", "lookahead_out"]
