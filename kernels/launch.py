@@ -1,1 +1,165 @@
 """The launch table: block sizes, warps and stages for each kernel, dtype and size, as plain data. No autotuner runs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastgen.kernels.aot import Spec
+from torch import Tensor
+
+MMD_PAD = 128  # every set is padded to whole tiles of any configuration
+MMD_LARGEST_D = 128
+
+
+def mmd_fits(d: int) -> bool:
+    """Whether a tile of D coordinates fits: beyond, the reference's blocked products run."""
+    return d <= MMD_LARGEST_D
+
+
+def mmd_blocks(kernel: str, dp: int, precision: str) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of `_mmd_grad_kernel` ("grad") or `_mmd_value_kernel` ("value")."""
+    wide = dp > 64
+    return {
+        "BLOCK_M": 128,
+        "BLOCK_N": 32 if wide or kernel == "grad" else 64,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+def mmd_parameters(
+    kind: str, parameters: Sequence[float], pairs: tuple[float, float, float, float] | None
+) -> tuple[str, float, tuple[float, ...], float]:
+    """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
+    if kind == "imq" and pairs is not None:
+        return "imq_pairs", pairs[0], pairs[1:], 1.0
+    middle = sorted(parameters)[len(parameters) // 2]
+    if kind == "imq":
+        return "imq", middle, tuple(middle / c for c in parameters), 1.0
+    return "rbf", math.log(2) / middle, tuple(g / middle for g in parameters), math.log(2)
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    pairs: tuple[float, float, float, float] | None,
+    estimator: str,
+    precision: str,
+    sides: int,
+) -> tuple[Tensor, ...]:
+    """MMD² and the unit gradients of the first `sides` of x and y, in float32; [N, D] or [B, N, D] with D ≤ 128."""
+    from fastgen.kernels import mmd as kernels
+
+    *batch, n, d = x.shape
+    m = y.shape[-2]
+    items = batch[0] if batch else 1
+    x, y = x.contiguous(), y.contiguous()
+    name, base, scaled, slope = mmd_parameters(kind, parameters, pairs)
+    dp = max(16, 1 << (d - 1).bit_length())
+    padded_n = (n + MMD_PAD - 1) // MMD_PAD * MMD_PAD
+    padded = padded_n + (m + MMD_PAD - 1) // MMD_PAD * MMD_PAD
+    gradients = [torch.empty(p.shape, dtype=torch.float32, device=p.device) for p in (x, y)[:sides]]
+    z = x.new_empty(items, padded, dp, dtype=torch.float32)
+    norm = x.new_empty(items, padded, dtype=torch.float32)
+    # At most 128 × 65535 × 128 points a batch: both grid axes stay within CUDA's limits for any N that fits.
+    kernels._mmd_pack_kernel[(padded // MMD_PAD, items)](
+        x, y, z, norm, n, m, d, padded_n, padded, base**-0.5, BLOCK=MMD_PAD, DP=dp, num_warps=4
+    )
+    grad, value = mmd_blocks("grad", dp, precision), mmd_blocks("value", dp, precision)
+    tiles_grad = 0 if sides == 0 else (padded_n if sides == 1 else padded) // grad["BLOCK_M"]
+    tile_value = 0 if sides == 0 else (padded_n if sides == 1 else padded) // value["BLOCK_M"]
+    tiles_value = padded // value["BLOCK_M"] - tile_value
+    # The gradient kernel's partial sums, then the value kernel's, whose first tile is `tile_value`.
+    partial = x.new_empty(items, tiles_grad + tiles_value, dtype=torch.float64)
+    options = {
+        "KIND": kernels.KINDS[name],
+        "ESTIMATOR": kernels.ESTIMATORS[estimator],
+        "DP": dp,
+        "PRECISION": precision,
+        "PTX": x.is_cuda and torch.version.hip is None,
+    }
+    if tiles_grad:
+        a_xy = 1 / (n * (n - 1)) if estimator == "u_statistic" else 1 / (n * m)
+        kernels._mmd_grad_kernel[(tiles_grad, items)](
+            z,
+            norm,
+            gradients[0],
+            gradients[-1],
+            partial,
+            n,
+            m,
+            d,
+            padded_n,
+            padded,
+            partial.shape[1],
+            4 * a_xy * slope * base**-0.5,
+            scaled,
+            BOTH=sides == 2,
+            **options,
+            **grad,
+        )
+    if tiles_value:
+        kernels._mmd_value_kernel[(tiles_value, items)](
+            z, norm, partial, n, m, padded_n, padded, tile_value, partial.shape[1], scaled, **options, **value
+        )
+    total = partial.sum(-1)
+    if estimator == "biased":  # the pairs i = i, left out above: their distance is exactly zero
+        total += len(parameters) * (1 / n + 1 / m)
+    return total.to(torch.float32).reshape(batch), *gradients
+
+
+def mmd_specs() -> list[Spec]:
+    """What the tests compile ahead of time; first WAE's kernel at D = 64 in the default precision."""
+    from fastgen.kernels import mmd as kernels
+
+    counts = dict.fromkeys(("n", "m", "d", "padded_n", "padded", "partials", "first_tile"), "i32")
+    pointers = {"z_ptr": "*fp32", "norm_ptr": "*fp32", "gx_ptr": "*fp32", "gy_ptr": "*fp32", "partial_ptr": "*fp64"}
+    specs = []
+    shapes = [("imq_pairs", 3, 64), ("imq_pairs", 3, 128), ("imq_pairs", 3, 16), ("rbf", 5, 64), ("imq", 3, 64)]
+    for name, count, dp in shapes:
+        for precision in (
+            ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6") if (name, dp) == ("imq_pairs", 64) else ("bf16x3",)
+        ):
+            for kind, kernel in (("grad", kernels._mmd_grad_kernel), ("value", kernels._mmd_value_kernel)):
+                blocks = mmd_blocks(kind, dp, precision)
+                types: dict[str, Any] = {
+                    **counts,
+                    **pointers,
+                    "gradient_scale": "fp32",
+                    "parameters": ("fp32",) * count,
+                }
+                constexprs = {
+                    "KIND": kernels.KINDS[name],
+                    "ESTIMATOR": 0,
+                    "BOTH": False,
+                    "BLOCK_M": blocks["BLOCK_M"],
+                    "BLOCK_N": blocks["BLOCK_N"],
+                    "DP": dp,
+                    "PRECISION": precision,
+                }
+                names = kernel.arg_names
+                specs.append(
+                    Spec(
+                        f"{kind} {name} D={dp} {precision}",
+                        kernel,
+                        {a: types.get(a, "constexpr") for a in names},
+                        {a: v for a, v in constexprs.items() if a in names},
+                        num_warps=blocks["num_warps"],
+                        num_stages=blocks["num_stages"],
+                    )
+                )
+    for dtype in ("fp32", "bf16"):
+        types = {**counts, "x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "z_ptr": "*fp32", "norm_ptr": "*fp32"}
+        types |= {"scale": "fp32", "BLOCK": "constexpr", "DP": "constexpr"}
+        specs.append(
+            Spec(
+                f"pack {dtype}",
+                kernels._mmd_pack_kernel,
+                {a: types[a] for a in kernels._mmd_pack_kernel.arg_names},
+                {"BLOCK": MMD_PAD, "DP": 64},
+            )
+        )
+    return specs

@@ -32,9 +32,7 @@ def value(x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimato
     return _mmd(x, y, kind, parameters, estimator, False, False)[0]
 
 
-def value_grad_x(
-    x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str
-) -> tuple[Tensor, Tensor]:
+def value_grad_x(x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str) -> tuple[Tensor, Tensor]:
     """MMD² and its gradient in x."""
     result, gx, _ = _mmd(x, y, kind, parameters, estimator, True, False)
     return result, gx

@@ -25,7 +25,9 @@ def single(x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estim
     return within - 2 * (xy.sum() - xy.diag().sum()) / (n * (n - 1))
 
 
-def mmd(x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estimator: str) -> tuple[Tensor, Tensor, Tensor]:
+def mmd(
+    x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estimator: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """MMD², its gradient in x and in y, for [N, D] or [B, N, D]."""
     x = x.detach().double().cpu().requires_grad_()
     y = y.detach().double().cpu().requires_grad_()
