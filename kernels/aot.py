@@ -37,11 +37,12 @@ class Spec:
 
     name: str  # kernel and configuration, unique within the family
     kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr"
+    signature: dict[str, Any]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr", or a tuple of them
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
+    divisible: tuple[str, ...] = ()  # integers that the launcher would find divisible by 16
 
 
 def compile_spec(spec: Spec, target: str) -> Any:
@@ -51,8 +52,12 @@ def compile_spec(spec: Spec, target: str) -> Any:
 
     names = list(spec.signature)
     # Torch allocations are aligned: the launcher would specialise on it too.
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in spec.signature.items() if kind.startswith("*")}
-    source = ASTSource(spec.kernel, dict(spec.signature), constexprs=dict(spec.constexprs), attrs=attrs)
+    aligned = [n for n, kind in spec.signature.items() if str(kind).startswith("*") or n in spec.divisible]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    constexprs = dict(spec.constexprs)
+    if "PTX" in spec.signature:  # such a kernel asks whether the target takes inline PTX
+        constexprs["PTX"] = target.startswith("sm_")
+    source = ASTSource(spec.kernel, dict(spec.signature), constexprs=constexprs, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
@@ -73,6 +78,7 @@ def machine_code(compiled: Any) -> dict[str, Any]:
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]) + int(found["LOCAL"]),
         "opcodes": dict(collections.Counter(opcodes).most_common()),
+        "wide_accesses": len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", sass)),  # 16 bytes of global memory
     }
 
 

@@ -77,7 +77,7 @@ def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
 def _mmd_pack_kernel(
     x_ptr, y_ptr, z_ptr, norm_ptr, n, m, d, padded_n, padded, scale, BLOCK: tl.constexpr, DP: tl.constexpr
 ):
-    """Z = (points − x₀)·scale in float32, zeros beyond, and its squared norms, inf beyond; a point with inf gives NaN."""
+    """Z = (points − x₀)·scale in float32, zeros beyond, and its squared norms, inf beyond; a point of inf gets NaN."""
     tile = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
     row = tile * BLOCK + tl.arange(0, BLOCK)
