@@ -8,24 +8,20 @@ import torch
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
-MMD_PAD = 128  # every set is padded to whole tiles of any configuration
+MMD_ROWS = 128  # BLOCK_M of every configuration: each set is padded to whole tiles of it
 MMD_LARGEST_D = 128
+MMD_LARGEST_BATCH = 65535  # of CUDA's second grid axis
 
 
-def mmd_fits(d: int) -> bool:
-    """Whether a tile of D coordinates fits: beyond, the reference's blocked products run."""
-    return d <= MMD_LARGEST_D
+def mmd_fits(x: Tensor) -> bool:
+    """Whether the kernels take such points: else the reference's blocked products run."""
+    return x.dtype != torch.float64 and x.shape[-1] <= MMD_LARGEST_D and x.shape[:-2].numel() <= MMD_LARGEST_BATCH
 
 
-def mmd_blocks(kernel: str, dp: int, precision: str) -> dict[str, int]:
+def mmd_blocks(kernel: str, dp: int) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of `_mmd_grad_kernel` ("grad") or `_mmd_value_kernel` ("value")."""
-    wide = dp > 64
-    return {
-        "BLOCK_M": 128,
-        "BLOCK_N": 32 if wide or kernel == "grad" else 64,
-        "num_warps": 8,
-        "num_stages": 2,
-    }
+    columns = 32 if kernel == "grad" or dp > 64 else 64
+    return {"BLOCK_M": MMD_ROWS, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
 
 def mmd_parameters(
@@ -59,21 +55,18 @@ def mmd(
     x, y = x.contiguous(), y.contiguous()
     name, base, scaled, slope = mmd_parameters(kind, parameters, pairs)
     dp = max(16, 1 << (d - 1).bit_length())
-    padded_n = (n + MMD_PAD - 1) // MMD_PAD * MMD_PAD
-    padded = padded_n + (m + MMD_PAD - 1) // MMD_PAD * MMD_PAD
+    padded_n = (n + MMD_ROWS - 1) // MMD_ROWS * MMD_ROWS
+    padded = padded_n + (m + MMD_ROWS - 1) // MMD_ROWS * MMD_ROWS
+    tiles = padded // MMD_ROWS
     gradients = [torch.empty(p.shape, dtype=torch.float32, device=p.device) for p in (x, y)[:sides]]
     z = x.new_empty(items, padded, dp, dtype=torch.float32)
     norm = x.new_empty(items, padded, dtype=torch.float32)
-    # At most 128 × 65535 × 128 points a batch: both grid axes stay within CUDA's limits for any N that fits.
-    kernels._mmd_pack_kernel[(padded // MMD_PAD, items)](
-        x, y, z, norm, n, m, d, padded_n, padded, base**-0.5, BLOCK=MMD_PAD, DP=dp, num_warps=4
+    kernels._mmd_pack_kernel[(tiles, items)](
+        x, y, z, norm, n, m, d, padded_n, padded, base**-0.5, BLOCK=MMD_ROWS, DP=dp, num_warps=4
     )
-    grad, value = mmd_blocks("grad", dp, precision), mmd_blocks("value", dp, precision)
-    tiles_grad = 0 if sides == 0 else (padded_n if sides == 1 else padded) // grad["BLOCK_M"]
-    tile_value = 0 if sides == 0 else (padded_n if sides == 1 else padded) // value["BLOCK_M"]
-    tiles_value = padded // value["BLOCK_M"] - tile_value
-    # The gradient kernel's partial sums, then the value kernel's, whose first tile is `tile_value`.
-    partial = x.new_empty(items, tiles_grad + tiles_value, dtype=torch.float64)
+    # One partial sum for each tile: the gradient kernel's tiles come first, the value kernel takes the rest.
+    tiles_grad = (0, padded_n // MMD_ROWS, tiles)[sides]
+    partial = x.new_empty(items, tiles, dtype=torch.float64)
     options = {
         "KIND": kernels.KINDS[name],
         "ESTIMATOR": kernels.ESTIMATORS[estimator],
@@ -94,16 +87,16 @@ def mmd(
             d,
             padded_n,
             padded,
-            partial.shape[1],
+            tiles,
             4 * a_xy * slope * base**-0.5,
             scaled,
             BOTH=sides == 2,
             **options,
-            **grad,
+            **mmd_blocks("grad", dp),
         )
-    if tiles_value:
-        kernels._mmd_value_kernel[(tiles_value, items)](
-            z, norm, partial, n, m, padded_n, padded, tile_value, partial.shape[1], scaled, **options, **value
+    if tiles_grad < tiles:
+        kernels._mmd_value_kernel[(tiles - tiles_grad, items)](
+            z, norm, partial, n, m, padded_n, padded, tiles_grad, tiles, scaled, **options, **mmd_blocks("value", dp)
         )
     total = partial.sum(-1)
     if estimator == "biased":  # the pairs i = i, left out above: their distance is exactly zero
@@ -124,7 +117,7 @@ def mmd_specs() -> list[Spec]:
             ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6") if (name, dp) == ("imq_pairs", 64) else ("bf16x3",)
         ):
             for kind, kernel in (("grad", kernels._mmd_grad_kernel), ("value", kernels._mmd_value_kernel)):
-                blocks = mmd_blocks(kind, dp, precision)
+                blocks = mmd_blocks(kind, dp)
                 types: dict[str, Any] = {
                     **counts,
                     **pointers,
@@ -159,7 +152,7 @@ def mmd_specs() -> list[Spec]:
                 f"pack {dtype}",
                 kernels._mmd_pack_kernel,
                 {a: types[a] for a in kernels._mmd_pack_kernel.arg_names},
-                {"BLOCK": MMD_PAD, "DP": 64},
+                {"BLOCK": MMD_ROWS, "DP": 64},
             )
         )
     return specs

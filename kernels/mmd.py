@@ -80,25 +80,26 @@ def _mmd_pack_kernel(
     """Z = (points − x₀)·scale in float32, zeros beyond, and its squared norms, inf beyond; a point of inf gets NaN."""
     tile = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
-    row = tile * BLOCK + tl.arange(0, BLOCK)
+    start = (tile * BLOCK).to(tl.int64)
+    row = tl.arange(0, BLOCK)
     column = tl.arange(0, DP)
     inside = column < d
+    cell = row[:, None] * d + column[None, :]
     centre = tl.load(x_ptr + item * n * d + column, mask=inside, other=0.0).to(tl.float32)
-    is_y = tile * BLOCK >= padded_n
-    if is_y:
-        row_in = row - padded_n
-        valid = row_in < m
-        where = y_ptr + (item * m + row_in[:, None]) * d + column[None, :]
-        points = tl.load(where, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    if start >= padded_n:
+        start_y = start - padded_n
+        valid = row < m - start_y
+        points = tl.load(y_ptr + (item * m + start_y) * d + cell, mask=valid[:, None] & inside[None, :], other=0.0)
+        points = points.to(tl.float32)
     else:
-        valid = row < n
-        where = x_ptr + (item * n + row[:, None]) * d + column[None, :]
-        points = tl.load(where, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        valid = row < n - start
+        points = tl.load(x_ptr + (item * n + start) * d + cell, mask=valid[:, None] & inside[None, :], other=0.0)
+        points = points.to(tl.float32)
     z = tl.where(valid[:, None], (points - centre[None, :]) * scale, 0.0)  # [BLOCK, DP]
     norm = tl.sum(z * z, 1)
     norm = tl.where(valid, norm + (norm - norm), float("inf"))  # an infinite norm of a real point becomes NaN
-    tl.store(z_ptr + (item * padded + row[:, None]) * DP + column[None, :], z)
-    tl.store(norm_ptr + item * padded + row, norm)
+    tl.store(z_ptr + (item * padded + start) * DP + row[:, None] * DP + column[None, :], z)
+    tl.store(norm_ptr + item * padded + start + row, norm)
 
 
 @triton.jit
@@ -128,16 +129,18 @@ def _distances(
     PRECISION: tl.constexpr,
 ):
     """A tile of columns and u between it and the rows; where column − row = shift the pair is put out of reach."""
-    column = start + tl.arange(0, BLOCK_N)
-    other = tl.load(z_ptr + column[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_N, DP]
-    other_norm = tl.load(norm_ptr + column)
+    column = tl.arange(0, BLOCK_N)
+    # The tile's place in 64 bits, the cells within it in 32.
+    there = z_ptr + tl.cast(start, tl.int64) * DP
+    other = tl.load(there + column[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_N, DP]
+    other_norm = tl.load(norm_ptr + start + column)
     product = tl.dot(z, tl.trans(other), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     u = (norm[:, None] + other_norm[None, :]) - 2.0 * product
     # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
     u = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     first = row_start + shift
     if (first < start + BLOCK_N) & (start < first + BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
+        row = first - start + tl.arange(0, BLOCK_M)
         u = tl.where(column[None, :] == row[:, None], float("inf"), u)
     return other, u
 
@@ -171,11 +174,12 @@ def _mmd_grad_kernel(
     item = tl.program_id(1).to(tl.int64)
     z_ptr += item * padded * DP
     norm_ptr += item * padded
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tile * BLOCK_M).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DP)
-    is_y = tile * BLOCK_M >= padded_n
-    z = tl.load(z_ptr + row[:, None] * DP + dim[None, :])  # [BLOCK_M, DP]
-    norm = tl.load(norm_ptr + row)
+    is_y = first >= padded_n
+    z = tl.load(z_ptr + first * DP + row[:, None] * DP + dim[None, :])  # [BLOCK_M, DP]
+    norm = tl.load(norm_ptr + first + row)
     a_xx, a_yy, a_xy = _coefficients(n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
     pull = (a_same / a_xy).to(tl.float32)
@@ -195,16 +199,16 @@ def _mmd_grad_kernel(
         w *= tl.where(same, pull, -1.0)
         slopes += tl.sum(w, 1)
         gradient = tl.dot(w, other, gradient, input_precision=PRECISION)
-    count = tl.where(is_y, m, n)
-    local = tl.where(is_y, row - padded_n, row)
-    valid = local < count
+    local = tl.where(is_y, first - padded_n, first)
+    valid = row < tl.where(is_y, m, n) - local
     tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
     gradient = (gradient - slopes[:, None] * z) * gradient_scale
     inside = valid[:, None] & (dim < d)[None, :]
+    cell = row[:, None] * d + dim[None, :]
     if is_y:
-        tl.store(gy_ptr + (item * m + local[:, None]) * d + dim[None, :], gradient, mask=inside)
+        tl.store(gy_ptr + (item * m + local) * d + cell, gradient, mask=inside)
     else:
-        tl.store(gx_ptr + (item * n + local[:, None]) * d + dim[None, :], gradient, mask=inside)
+        tl.store(gx_ptr + (item * n + local) * d + cell, gradient, mask=inside)
 
 
 @triton.jit
@@ -232,10 +236,11 @@ def _mmd_value_kernel(
     item = tl.program_id(1).to(tl.int64)
     z_ptr += item * padded * DP
     norm_ptr += item * padded
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_y = tile * BLOCK_M >= padded_n
-    z = tl.load(z_ptr + row[:, None] * DP + tl.arange(0, DP)[None, :])
-    norm = tl.load(norm_ptr + row)
+    first = (tile * BLOCK_M).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    is_y = first >= padded_n
+    z = tl.load(z_ptr + first * DP + row[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_M, DP]
+    norm = tl.load(norm_ptr + first + row)
     a_xx, a_yy, a_xy = _coefficients(n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
     value = tl.zeros([BLOCK_M], tl.float64)
@@ -249,8 +254,8 @@ def _mmd_value_kernel(
         # A tile against itself meets each of its pairs twice.
         twice = tl.where(start < (tile + 1) * BLOCK_M, a_same, 2.0 * a_same)
         value += tl.sum(k, 1).to(tl.float64) * tl.where(same, twice, -2.0 * a_xy)
-    count = tl.where(is_y, m + padded_n, n)
-    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(row < count, value, 0.0), 0))
+    valid = row < tl.where(is_y, m + padded_n, n) - first
+    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
 
 
 def aot_specs() -> list[Spec]:
