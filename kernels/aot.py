@@ -37,7 +37,7 @@ class Spec:
 
     name: str  # kernel and configuration, unique within the family
     kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr"
+    signature: dict[str, Any]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr", or a tuple of them
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
@@ -52,9 +52,12 @@ def compile_spec(spec: Spec, target: str) -> Any:
 
     names = list(spec.signature)
     # Torch allocations are aligned: the launcher would specialise on it too.
-    aligned = [n for n, kind in spec.signature.items() if kind.startswith("*") or n in spec.divisible]
+    aligned = [n for n, kind in spec.signature.items() if str(kind).startswith("*") or n in spec.divisible]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(spec.kernel, dict(spec.signature), constexprs=dict(spec.constexprs), attrs=attrs)
+    constexprs = dict(spec.constexprs)
+    if "PTX" in spec.signature:  # such a kernel asks whether the target takes inline PTX
+        constexprs["PTX"] = target.startswith("sm_")
+    source = ASTSource(spec.kernel, dict(spec.signature), constexprs=constexprs, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 

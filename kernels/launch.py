@@ -1,5 +1,162 @@
 """The launch table: block sizes, warps and stages for each kernel, dtype and size, as plain data. No autotuner runs."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastgen.kernels.aot import Spec
+from torch import Tensor
+
+MMD_ROWS = 128  # BLOCK_M of every configuration: each set is padded to whole tiles of it
+MMD_LARGEST_D = 128
+MMD_LARGEST_BATCH = 65535  # of CUDA's second grid axis
+
+
+def mmd_fits(x: Tensor) -> bool:
+    """Whether the kernels take such points: else the reference's blocked products run."""
+    return x.dtype != torch.float64 and x.shape[-1] <= MMD_LARGEST_D and x.shape[:-2].numel() <= MMD_LARGEST_BATCH
+
+
+def mmd_blocks(kernel: str, dp: int) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of `_mmd_grad_kernel` ("grad") or `_mmd_value_kernel` ("value")."""
+    columns = 32 if kernel == "grad" or dp > 64 else 64
+    return {"BLOCK_M": MMD_ROWS, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
+
+
+def mmd_parameters(
+    kind: str, parameters: Sequence[float], pairs: tuple[float, float, float, float] | None
+) -> tuple[str, float, tuple[float, ...], float]:
+    """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
+    if kind == "imq" and pairs is not None:
+        return "imq_pairs", pairs[0], pairs[1:], 1.0
+    middle = sorted(parameters)[len(parameters) // 2]
+    if kind == "imq":
+        return "imq", middle, tuple(middle / c for c in parameters), 1.0
+    return "rbf", math.log(2) / middle, tuple(g / middle for g in parameters), math.log(2)
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: Sequence[float],
+    pairs: tuple[float, float, float, float] | None,
+    estimator: str,
+    precision: str,
+    sides: int,
+) -> tuple[Tensor, ...]:
+    """MMD² and the unit gradients of the first `sides` of x and y, in float32; [N, D] or [B, N, D] with D ≤ 128."""
+    from fastgen.kernels import mmd as kernels
+
+    *batch, n, d = x.shape
+    m = y.shape[-2]
+    items = batch[0] if batch else 1
+    x, y = x.contiguous(), y.contiguous()
+    name, base, scaled, slope = mmd_parameters(kind, parameters, pairs)
+    dp = max(16, 1 << (d - 1).bit_length())
+    padded_n = (n + MMD_ROWS - 1) // MMD_ROWS * MMD_ROWS
+    padded = padded_n + (m + MMD_ROWS - 1) // MMD_ROWS * MMD_ROWS
+    tiles = padded // MMD_ROWS
+    gradients = [torch.empty(p.shape, dtype=torch.float32, device=p.device) for p in (x, y)[:sides]]
+    z = x.new_empty(items, padded, dp, dtype=torch.float32)
+    norm = x.new_empty(items, padded, dtype=torch.float32)
+    kernels._mmd_pack_kernel[(tiles, items)](
+        x, y, z, norm, n, m, d, padded_n, padded, base**-0.5, BLOCK=MMD_ROWS, DP=dp, num_warps=4
+    )
+    # One partial sum for each tile: the gradient kernel's tiles come first, the value kernel takes the rest.
+    tiles_grad = (0, padded_n // MMD_ROWS, tiles)[sides]
+    partial = x.new_empty(items, tiles, dtype=torch.float64)
+    options = {
+        "KIND": kernels.KINDS[name],
+        "ESTIMATOR": kernels.ESTIMATORS[estimator],
+        "DP": dp,
+        "PRECISION": precision,
+        "PTX": x.is_cuda and torch.version.hip is None,
+    }
+    if tiles_grad:
+        a_xy = 1 / (n * (n - 1)) if estimator == "u_statistic" else 1 / (n * m)
+        kernels._mmd_grad_kernel[(tiles_grad, items)](
+            z,
+            norm,
+            gradients[0],
+            gradients[-1],
+            partial,
+            n,
+            m,
+            d,
+            padded_n,
+            padded,
+            tiles,
+            4 * a_xy * slope * base**-0.5,
+            scaled,
+            BOTH=sides == 2,
+            **options,
+            **mmd_blocks("grad", dp),
+        )
+    if tiles_grad < tiles:
+        kernels._mmd_value_kernel[(tiles - tiles_grad, items)](
+            z, norm, partial, n, m, padded_n, padded, tiles_grad, tiles, scaled, **options, **mmd_blocks("value", dp)
+        )
+    total = partial.sum(-1)
+    if estimator == "biased":  # the pairs i = i, left out above: their distance is exactly zero
+        total += len(parameters) * (1 / n + 1 / m)
+    return total.to(torch.float32).reshape(batch), *gradients
+
+
+def mmd_specs() -> list[Spec]:
+    """What the tests compile ahead of time; first WAE's kernel at D = 64 in the default precision."""
+    from fastgen.kernels import mmd as kernels
+
+    counts = dict.fromkeys(("n", "m", "d", "padded_n", "padded", "partials", "first_tile"), "i32")
+    pointers = {"z_ptr": "*fp32", "norm_ptr": "*fp32", "gx_ptr": "*fp32", "gy_ptr": "*fp32", "partial_ptr": "*fp64"}
+    specs = []
+    shapes = [("imq_pairs", 3, 64), ("imq_pairs", 3, 128), ("imq_pairs", 3, 16), ("rbf", 5, 64), ("imq", 3, 64)]
+    for name, count, dp in shapes:
+        for precision in (
+            ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6") if (name, dp) == ("imq_pairs", 64) else ("bf16x3",)
+        ):
+            for kind, kernel in (("grad", kernels._mmd_grad_kernel), ("value", kernels._mmd_value_kernel)):
+                blocks = mmd_blocks(kind, dp)
+                types: dict[str, Any] = {
+                    **counts,
+                    **pointers,
+                    "gradient_scale": "fp32",
+                    "parameters": ("fp32",) * count,
+                }
+                constexprs = {
+                    "KIND": kernels.KINDS[name],
+                    "ESTIMATOR": 0,
+                    "BOTH": False,
+                    "BLOCK_M": blocks["BLOCK_M"],
+                    "BLOCK_N": blocks["BLOCK_N"],
+                    "DP": dp,
+                    "PRECISION": precision,
+                }
+                names = kernel.arg_names
+                specs.append(
+                    Spec(
+                        f"{kind} {name} D={dp} {precision}",
+                        kernel,
+                        {a: types.get(a, "constexpr") for a in names},
+                        {a: v for a, v in constexprs.items() if a in names},
+                        num_warps=blocks["num_warps"],
+                        num_stages=blocks["num_stages"],
+                    )
+                )
+    for dtype in ("fp32", "bf16"):
+        types = {**counts, "x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "z_ptr": "*fp32", "norm_ptr": "*fp32"}
+        types |= {"scale": "fp32", "BLOCK": "constexpr", "DP": "constexpr"}
+        specs.append(
+            Spec(
+                f"pack {dtype}",
+                kernels._mmd_pack_kernel,
+                {a: types[a] for a in kernels._mmd_pack_kernel.arg_names},
+                {"BLOCK": MMD_ROWS, "DP": 64},
+            )
+        )
+    return specs
+
 
 def langevin(elements: int) -> tuple[int, bool]:
     """(groups of four elements in a program, whether a program stays within one chain), four warps each.

@@ -195,9 +195,9 @@ def mmd(
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
         are expanded about the common centre of both samples; sums over pairs end in float64. Points that are not
-        finite, or whose squares overflow, give NaN. Differentiable once in x and y; only the side that asks is paid for.
-        On a GPU, D > 256, float64 points and the polynomial kernel run on blocked matrix products instead (never in
-        TF32).
+        finite, or whose squares overflow, give NaN. Differentiable once in x and y; only the side that asks is paid
+        for. On a GPU, D > 128, float64 points and the polynomial kernel run on blocked matrix products instead (never
+        in TF32).
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """

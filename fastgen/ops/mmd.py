@@ -45,7 +45,7 @@ def _run(
     if chosen == "triton":
         from fastgen.kernels import launch
 
-        if launch.mmd_fits(x.shape[-1]):
+        if launch.mmd_fits(x):
             return launch.mmd(x, y, kind, parameters, inverse_pairs(parameters), estimator, precision, sides)
     if sides == 0:
         return (reference.value(x, y, kind, parameters, estimator),)

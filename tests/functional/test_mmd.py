@@ -1,0 +1,358 @@
+"""F.mmd and F.wae_mmd against the float64 oracle: values, gradients, estimators, layouts, bad input."""
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import functional as F
+from fastgen.ops import backend
+
+KERNELS = {
+    "imq": F.IMQ(),
+    "imq_two": F.IMQ(scales=(0.3, 4.0), base=1.5),
+    "rbf": F.RBF(),
+    "rbf_one": F.RBF((1.3,)),
+    "polynomial": F.Polynomial(),
+    "polynomial_linear": F.Polynomial(degree=1, gamma=0.5, coef=0.0),
+}
+ESTIMATORS = ("unbiased", "biased", "u_statistic")
+# (N, M, D): one point short of a register block, one more, one coordinate, more than one tile, D of several vectors
+SHAPES = [(2, 2, 1), (3, 2, 5), (31, 8, 16), (33, 33, 17), (130, 67, 3), (257, 280, 8), (40, 33, 290)]
+RUNS = ["cpp", "reference"]
+
+
+def points(n: int, m: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, d).to(dtype), (torch.randn(m, d) * 1.3 + 0.4).to(dtype)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want).norm()
+    assert error <= tolerance * want.norm(), f"relative error {float(error / want.norm()):.2e}"
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_value_and_gradients(name: str, estimator: str, oracle: ModuleType) -> None:
+    for (n, m, d), dtype in itertools.product(SHAPES, (torch.float64, torch.float32)):
+        x, y = points(n, n if estimator == "u_statistic" else m, d, dtype)
+        kind, parameters = KERNELS[name]._op(d)
+        value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator)
+        scale = float(sum(p for p in parameters)) if kind == "polynomial" else float(len(parameters))
+        # MMD² is a difference of sums of this order: the relative error of the sums is what can be asked for.
+        absolute = (1e-13 if dtype == torch.float64 else 1e-6) * max(scale, abs(float(value)))
+        for run in RUNS:
+            # Where a gradient is a small difference of its XX and XY parts, the reference's float32 sums show it more.
+            relative = 1e-11 if dtype == torch.float64 else 2e-5 if run == "cpp" else 2e-4
+            with backend.force(run):
+                got = F.mmd(x, y, kernel=KERNELS[name], estimator=estimator)
+                assert got.dtype == dtype
+                assert abs(float(got) - float(value)) <= absolute, (run, n, m, d)
+                for for_x, for_y in ((True, True), (True, False), (False, True)):
+                    a, b = x.clone().requires_grad_(for_x), y.clone().requires_grad_(for_y)
+                    result = F.mmd(a, b, kernel=KERNELS[name], estimator=estimator)
+                    assert abs(float(result.detach()) - float(value)) <= absolute, (run, n, m, d)
+                    (result * -2.5).backward()
+                    for leaf, gradient, asked in ((a, gx, for_x), (b, gy, for_y)):
+                        if not asked:
+                            assert leaf.grad is None
+                            continue
+                        assert leaf.grad is not None
+                        close(leaf.grad, gradient * -2.5, relative)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["imq", "rbf", "polynomial"])
+def test_batched(name: str, run: str, oracle: ModuleType) -> None:
+    for b in (0, 1, 2, 5):
+        x = torch.randn(b, 37, 6, dtype=torch.float64, requires_grad=True)
+        y = torch.randn(b, 41, 6, dtype=torch.float64, requires_grad=True)
+        with backend.force(run):
+            result = F.mmd(x, y, kernel=name)
+            assert result.shape == (b,)
+            upstream = torch.arange(1.0, b + 1, dtype=torch.float64)
+            result.backward(upstream)
+        if b == 0:
+            continue
+        kind, parameters = KERNELS[name]._op(6)
+        value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), "unbiased")
+        close(result, value, 1e-11)
+        assert x.grad is not None
+        assert y.grad is not None
+        close(x.grad, gx * upstream[:, None, None], 1e-11)
+        close(y.grad, gy * upstream[:, None, None], 1e-11)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_points_are_summed_in_float32(dtype: torch.dtype, run: str, oracle: ModuleType) -> None:
+    x, y = points(90, 70, 12, dtype)
+    kind, parameters = F.IMQ()._op(12)
+    value, gx, _ = oracle.mmd(x, y, kind, tuple(parameters), "unbiased")
+    x.requires_grad_()
+    with backend.force(run):
+        result = F.mmd(x, y)
+        result.backward()
+    assert result.dtype == torch.float32
+    assert abs(float(result.detach()) - float(value)) < 1e-6
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    close(x.grad, gx, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_layouts(run: str) -> None:
+    base = torch.randn(2, 11, 60, dtype=torch.float64)
+    x, y = base[0].T, base[1].T[::2]
+    with backend.force(run):
+        assert torch.equal(F.mmd(x, y), F.mmd(x.contiguous(), y.contiguous()))
+
+
+def test_gradients_of_a_strided_view() -> None:
+    base = torch.randn(11, 60, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(9, 11, dtype=torch.float64)
+    copy = base.detach().T.contiguous().requires_grad_()
+    F.mmd(base.T, y).backward()
+    F.mmd(copy, y).backward()
+    assert base.grad is not None
+    assert copy.grad is not None
+    assert torch.equal(base.grad.T, copy.grad)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradcheck(name: str, run: str) -> None:
+    x, y = (p.requires_grad_() for p in points(5, 4, 3))
+    with backend.force(run):
+        assert torch.autograd.gradcheck(lambda a, b: F.mmd(a, b, kernel=KERNELS[name]), (x, y))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_second_order_raises(run: str) -> None:
+    x, y = points(5, 4, 3)
+    x.requires_grad_()
+    with backend.force(run), pytest.raises(NotImplementedError, match="second-order"):
+        torch.autograd.grad(F.mmd(x, y), x, create_graph=True)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["imq", "imq_two", "rbf", "polynomial"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_points_give_nan(bad: float, name: str, run: str) -> None:
+    for where in (0, 1):
+        pair = list(points(40, 30, 4, torch.float32))
+        pair[where][7, 2] = bad
+        with backend.force(run):
+            assert F.mmd(*pair, kernel=KERNELS[name]).isnan()
+            pair[0].requires_grad_()
+            result = F.mmd(*pair, kernel=KERNELS[name])
+            result.backward()
+            assert result.isnan()
+            assert pair[0].grad is not None
+            assert pair[0].grad.isnan().any()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_far_apart_and_far_from_the_origin(run: str, oracle: ModuleType) -> None:
+    # A common shift costs nothing; distances a thousand times the base stay right to float32's own digits.
+    x, y = points(50, 60, 8, torch.float32)
+    kind, parameters = F.IMQ()._op(8)
+    for a, b in ((x + 1024, y + 1024), (x, y + 200), (x * 1e6, y * 1e6), (x * 1e-6, y * 1e-6)):
+        value, gx, _ = oracle.mmd(a, b, kind, tuple(parameters), "unbiased")
+        a = a.clone().requires_grad_()
+        with backend.force(run):
+            result = F.mmd(a, b)
+            result.backward()
+        assert abs(float(result.detach()) - float(value)) < 2e-6
+        assert a.grad is not None
+        if a.abs().max() > 1e-3:
+            close(a.grad, gx, 2e-4)
+    wide = F.RBF((1e-3,))
+    with backend.force(run):
+        assert float(F.mmd(x, y, kernel=wide, estimator="biased")) == pytest.approx(1 / 50 + 1 / 60, rel=1e-6)
+        assert float(F.mmd(x, y, kernel=wide)) == 0.0
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    x, y = points(700, 650, 9, torch.float32)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            value = F.mmd(a, b)
+            value.backward()
+            stacked = F.mmd(torch.stack([x] * 3), torch.stack([y] * 3))
+            assert torch.equal(stacked, stacked[:1].expand(3))
+            assert a.grad is not None
+            assert b.grad is not None
+            results.append((value.detach(), a.grad, b.grad, stacked[0]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize(("prior", "scale"), [("normal", 1.0), ("normal", 0.7), ("sphere", 1.0), ("uniform", 1.0)])
+def test_wae_is_the_authors_formula(prior: str, scale: float, oracle: ModuleType) -> None:
+    qz, pz = points(100, 100, 8)
+    base = {"normal": 2 * 8 * scale**2, "sphere": 2.0, "uniform": 8.0}[prior]
+    copy = qz.clone().requires_grad_()
+    expected = oracle.wae_penalty(copy, pz, base)
+    (gradient,) = torch.autograd.grad(expected, copy)
+    qz.requires_grad_()
+    got = F.wae_mmd(qz, pz, prior=prior, prior_scale=scale)
+    got.backward()
+    assert float(got.detach()) == pytest.approx(float(expected.detach()), abs=2e-14)
+    assert qz.grad is not None
+    close(qz.grad, gradient, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*TF32.*")
+def test_compiles_whole_and_once_for_every_n() -> None:
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=count)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.mmd(x * 2, y) + F.wae_mmd(x, x.detach() * 0.5) + F.mmd(x, y, kernel=F.RBF((1.0, 2.0)))
+
+    for n in (10, 23, 57):
+        x, y = points(n, n + 1, 4)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(y, 0)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        torch._dynamo.mark_dynamic(a, 0)
+        got = loss(a, y)
+        got.backward()
+        want = F.mmd(b * 2, y) + F.wae_mmd(b, b.detach() * 0.5) + F.mmd(b, y, kernel=F.RBF((1.0, 2.0)))
+        want.backward()
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(a.grad, b.grad)
+    assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["imq", "polynomial"])
+@pytest.mark.parametrize("run", RUNS)
+def test_autocast_sums_in_float32(name: str, run: str) -> None:
+    x, y = points(60, 50, 8, torch.float32)
+    with backend.force(run):
+        plain = F.mmd(x, y, kernel=name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(F.mmd(x, y, kernel=name), plain)
+            mixed = F.mmd(x.bfloat16(), y, kernel=name)
+        assert torch.equal(mixed, F.mmd(x.bfloat16().float(), y, kernel=name))
+
+
+def test_vmap_raises() -> None:
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(F.mmd)(x, torch.randn(3, 4, 2))
+
+
+ok = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ((ok, torch.zeros(4, 2)), ValueError, r"y: expected shape \[M, 3\] .* got \[4, 2\]"),
+        ((ok, torch.zeros(2, 4, 3)), ValueError, r"y: expected shape \[M, 3\]"),
+        ((torch.zeros(2, 4, 3), torch.zeros(3, 4, 3)), ValueError, r"y: expected shape \[2, M, 3\]"),
+        ((ok[0], ok), ValueError, "x: expected 2 or 3 dimensions"),
+        ((ok, ok.double()), TypeError, "y: expected the dtype of x, float32, got float64"),
+        ((ok.int(), ok.int()), TypeError, "x: expected float64 or float32"),
+        ((ok.tolist(), ok), TypeError, "x: expected a torch.Tensor, got list"),
+        ((ok, ok.to_sparse()), TypeError, "y: expected a dense tensor"),
+        ((ok, ok.to("meta")), ValueError, "y: expected the device of x, cpu, got meta"),
+        ((ok[:0], ok), ValueError, "x: expected at least 2 points"),
+        ((ok, ok[:1]), ValueError, "y: expected at least 2 points"),
+        ((ok[:, :0], ok[:, :0]), ValueError, "x: expected at least 1 coordinate"),
+    ],
+)
+def test_bad_points(arguments: tuple, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        F.mmd(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"kernel": "gauss"}, ValueError, "kernel: expected one of 'imq'.* got 'gauss'"),
+        ({"kernel": "laplacian"}, NotImplementedError, "kernel='laplacian' is not built yet"),
+        ({"kernel": 3}, TypeError, "kernel: expected IMQ, RBF, Polynomial or a name, got int 3"),
+        ({"estimator": "jackknife"}, ValueError, "estimator: expected one of"),
+        ({"precision": "fp8"}, ValueError, "precision: expected one of"),
+        ({"x_weight": torch.ones(4)}, NotImplementedError, "x_weight"),
+        ({"y_weight": torch.ones(5)}, NotImplementedError, "y_weight"),
+        ({"group": "world"}, NotImplementedError, "group='world'"),
+        ({"estimator": "u_statistic"}, ValueError, "y: expected as many points as x"),
+    ],
+)
+def test_bad_options(options: dict, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        F.mmd(ok, torch.zeros(5, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: F.IMQ(scales=(1.0, 0.0)), ValueError, "scales: expected a finite number > 0"),
+        (lambda: F.IMQ(scales=()), ValueError, "scales: expected at least one"),
+        (lambda: F.IMQ(scales="1"), TypeError, "scales: expected a tuple of numbers"),
+        (lambda: F.IMQ(base=-1.0), ValueError, "base: expected a finite number > 0"),
+        (lambda: F.RBF((float("nan"),)), ValueError, "bandwidths: expected a finite number > 0"),
+        (lambda: F.Polynomial(degree=0), ValueError, "degree: expected an integer >= 1"),
+        (lambda: F.Polynomial(gamma=0), ValueError, "gamma: expected a finite number > 0"),
+        (lambda: F.Polynomial(coef=-1), ValueError, "coef: expected a finite number >= 0"),
+        (lambda: F.wae_mmd(ok, ok[:3]), ValueError, "sample_pz: expected sample_qz's shape"),
+        (lambda: F.wae_mmd(ok, ok, prior="cauchy"), ValueError, "prior: expected one of"),
+        (lambda: F.wae_mmd(ok, ok, prior_scale=0), ValueError, "prior_scale: expected a finite number > 0"),
+        (lambda: F.wae_mmd(ok, ok, kernel="rbf"), NotImplementedError, "kernel='rbf' is not built yet"),
+        (lambda: F.wae_mmd(ok, ok, convention="pythae"), NotImplementedError, "convention='pythae'"),
+    ],
+)
+def test_bad_kernels_and_wae(make: object, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        make()  # type: ignore[operator]
+
+
+def test_the_biased_estimator_takes_single_points_and_equal_samples_are_at_zero() -> None:
+    x = torch.randn(1, 3, dtype=torch.float64)
+    assert float(F.mmd(x, x, estimator="biased")) == pytest.approx(0, abs=1e-12)
+    y = torch.randn(20, 3, dtype=torch.float64)
+    assert float(F.mmd(y, y, estimator="biased")) == pytest.approx(0, abs=1e-12)
+    assert float(F.mmd(y, y, estimator="u_statistic")) == pytest.approx(0, abs=1e-12)
+    assert float(F.mmd(y, y)) < 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("precision", ["ieee", "bf16x3"])
+def test_on_the_gpu(name: str, estimator: str, precision: str, oracle: ModuleType) -> None:
+    for n, m, d in [*SHAPES, (300, 257, 128), (1000, 700, 64)]:
+        x, y = points(n, n if estimator == "u_statistic" else m, d, torch.float32)
+        kind, parameters = KERNELS[name]._op(d)
+        value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator)
+        a, b = x.cuda().requires_grad_(), y.cuda().requires_grad_()
+        result = F.mmd(a, b, kernel=KERNELS[name], estimator=estimator, precision=precision)
+        result.backward()
+        scale = max(float(len(parameters)), abs(float(value)))
+        assert abs(float(result.detach()) - float(value)) <= 1e-5 * scale, (n, m, d)
+        assert a.grad is not None
+        assert b.grad is not None
+        close(a.grad.cpu(), gx, 1e-4)
+        close(b.grad.cpu(), gy, 1e-4)
+        again = F.mmd(x.cuda(), y.cuda(), kernel=KERNELS[name], estimator=estimator, precision=precision)
+        assert abs(float(again) - float(value)) <= 1e-5 * scale
+        c = x.cuda().requires_grad_()
+        F.mmd(c, y.cuda(), kernel=KERNELS[name], estimator=estimator, precision=precision).backward()
+        assert c.grad is not None
+        close(c.grad.cpu(), gx, 1e-4)

@@ -1,0 +1,74 @@
+"""The registered ops: schema, fakes, and the choice of what they run."""
+
+import pytest
+import torch
+
+from fastgen.ops import backend
+from fastgen.ops import mmd as ops
+from fastgen.reference import mmd as reference
+
+PARAMETERS = {"imq": [0.5, 2.0], "rbf": [0.25], "polynomial": [3.0, 0.2, 1.0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_opcheck(kind: str, dtype: torch.dtype) -> None:
+    wide = torch.randn(5, 9, dtype=torch.float32).to(dtype)
+    pairs = [
+        (wide[:, :5], wide[:4, 4:]),
+        (wide.T, wide.T[:4]),
+        (torch.randn(2, 6, 3).to(dtype), torch.randn(3, 5, 2).to(dtype).permute(2, 1, 0)),
+    ]
+    for x, y in pairs:
+        for op in (ops.value, ops.value_grad_x, ops.value_grad):
+            torch.library.opcheck(op, (x, y, kind, PARAMETERS[kind], "unbiased", "bf16x3"))
+
+
+def test_fakes_give_shapes_and_dtypes() -> None:
+    x, y = torch.empty(2, 3, 5, device="meta", dtype=torch.bfloat16), torch.empty(2, 4, 5, device="meta")
+    value, gx, gy = ops.value_grad(x, y.bfloat16(), "imq", [1.0], "unbiased", "ieee")
+    assert (value.shape, gx.shape, gy.shape) == ((2,), (2, 3, 5), (2, 4, 5))
+    assert {value.dtype, gx.dtype, gy.dtype} == {torch.float32}
+    assert ops.value(x.double(), y.double(), "imq", [1.0], "unbiased", "ieee").dtype == torch.float64
+
+
+def test_the_reference_never_holds_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(300, 5, dtype=torch.float64), torch.randn(200, 5, dtype=torch.float64)
+    whole = reference.value_grad(x, y, "rbf", [0.3, 0.1], "unbiased")
+    largest = 0
+    kernel = reference._kernel
+
+    def watched(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal largest
+        largest = max(largest, q.numel())
+        return kernel(q, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference, "_kernel", watched)
+    monkeypatch.setattr(reference, "BLOCK", 1000)
+    blocked = reference.value_grad(x, y, "rbf", [0.3, 0.1], "unbiased")
+    assert largest <= 1000
+    for a, b in zip(whole, blocked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_seven_inverse_scales_are_found_and_others_are_not() -> None:
+    scales = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    for base in (1.0, 16.0, 2 * 784 * 0.7**2):
+        found = ops.inverse_pairs([s * base for s in scales])
+        assert found is not None
+        assert found == pytest.approx((base, 8.1, 3.2, 0.5), rel=1e-14)
+    assert ops.inverse_pairs([s * 3 for s in reversed(scales)]) is not None
+    assert ops.inverse_pairs([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.001]) is None
+    assert ops.inverse_pairs(scales[:6]) is None
+
+
+def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(reference, "value", lambda *a: called.append("reference") or torch.zeros(()))
+    x = torch.randn(4, 2)
+    ops.value(x, x, "imq", [1.0], "unbiased", "ieee")
+    assert called == []
+    with backend.force("reference"):
+        ops.value(x, x, "imq", [1.0], "unbiased", "ieee")
+    ops.value(x, x, "polynomial", [3.0, 1.0, 1.0], "unbiased", "ieee")
+    assert called == ["reference", "reference"]
