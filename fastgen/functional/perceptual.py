@@ -136,7 +136,7 @@ def feature_distance(
     """Σ_l w_l mean |f0 − f1| (or (f0 − f1)²), the mean over all but the first dimension.
 
     Args:
-        features0, features1: lists of maps [N, ...] of one to five dimensions, floats; images count as a map. Differing
+        features0, features1: lists of maps [N, ...] of two to five dimensions, floats; images count as a map. Differing
             dtypes are promoted.
         distance: "l1" or "l2" (squared).
         layer_weight: a number for each layer, default 1.
@@ -151,7 +151,7 @@ def feature_distance(
     Source: GLANN (Hoshen, Li & Malik 2019), eq. 2, whose code uses L1 and weights of 1.
     """
     check.choice("distance", distance, DISTANCES)
-    pairs = _pairs(features0, features1, (1, 2, 3, 4, 5))
+    pairs = _pairs(features0, features1, (2, 3, 4, 5))
     scales = [1.0] * len(pairs) if layer_weight is None else layer_numbers(layer_weight, len(pairs))
     total: Tensor | None = None
     for (f0, f1), scale in zip(pairs, scales, strict=True):
@@ -184,8 +184,8 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     Raises: TypeError or ValueError naming the argument.
 
     Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
-        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a
-        sum where a Gaussian would have the product; edges are replicated.
+        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j), where g(i) =
+        exp(−(i − 2)² / 4): a sum where a Gaussian has the product. Edges are replicated.
 
     Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.
     """

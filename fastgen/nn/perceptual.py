@@ -70,8 +70,8 @@ class PerceptualLoss(nn.Module):
         reduction: "none" for [N], "mean" for a scalar.
 
     forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own
-    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y never
-    passes through the network again: the same number, to the bit for the same batch.
+    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y
+    never passes through the network again: the same number, to the bit for the same batch.
 
     Returns: [N] float32 (float64 for float64 images), or its mean.
 
@@ -249,8 +249,8 @@ class LPIPS(nn.Module):
         pnet_rand: True means a random trunk.
         pnet_tune: True lets the trunk be trained.
         use_dropout: dropout before the heads while they are trained.
-        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too. A
-            file without all heads raises, where lpips would leave the rest random.
+        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too.
+            A file without all heads raises, where lpips would leave the rest random.
         eval_mode: True, the default, freezes heads and trunk and pins them to eval mode, whatever a parent's `.train()`
             says (not so under pnet_tune). False trains the heads, as lpips does by default.
         verbose: prints what is set up, as lpips does; False by default here.
