@@ -296,7 +296,7 @@ class LPIPS(nn.Module):
         super().__init__()
         net = "vgg" if net == "vgg16" else check.choice("net", net, tuple(_NETS))
         check.choice("version", version, ("0.1", "0.0"))
-        self.eps_mode = check.choice("eps_mode", eps_mode, tuple(F.EPS_MODES))
+        self.eps_mode = check.choice("eps_mode", eps_mode, F.EPS_MODES)
         self.pnet_type, self.version, self.lpips, self.spatial = net, version, lpips, spatial
         self.pnet_tune, self.pnet_rand = pnet_tune, pnet_rand
         name, ends, self.chns = _NETS[net]
@@ -392,7 +392,7 @@ class LPIPS(nn.Module):
         dropout = self.training and self.lpips and len(self.lins[k].model) > 1  # type: ignore[arg-type]
         if not self.spatial and not dropout:
             return F.lpips_distance([f0], [f1], [weight], eps_mode=self.eps_mode)[:, None, None, None]
-        eps, inside = F.EPS_MODES[self.eps_mode]
+        eps, inside = F.epsilon(self.eps_mode)
         if dropout:
             u0, u1 = (reference.normalise(f, eps, inside)[0] for f in (f0, f1))
             each = tf.dropout((u0 - u1).square()) * weight[:, None, None]
@@ -437,7 +437,7 @@ class PerceptualEmbedding(nn.Module):
     def forward(self, x: Tensor, normalize: bool = False) -> Tensor:
         parts = []
         for f, weight in zip(self.lpips.features(x, normalize).maps, self.lpips.weights(), strict=True):
-            u = reference.normalise(f, *F.EPS_MODES[self.lpips.eps_mode])[0]
+            u = reference.normalise(f, *F.epsilon(self.lpips.eps_mode))[0]
             scale = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()
             parts.append((u * scale[:, None, None]).flatten(1))
         return torch.cat(parts, 1)
