@@ -3,8 +3,11 @@
 
 #include "isa.h"
 
+void bind_perceptual(pybind11::module_& m);
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of fastgen; private, called by fastgen.ops.";
     m.def("isa", &fastgen::isa_name, "The instruction set that the kernels run on.");
     m.def("set_isa", &fastgen::set_isa, "Choose a lesser instruction set (tests).");
+    bind_perceptual(m);
 }

@@ -12,7 +12,7 @@ import torch
 
 _forced: str | None = None
 
-CPP = frozenset({"mmd", "langevin"})
+CPP = frozenset({"mmd", "langevin", "perceptual"})
 TRITON = frozenset({"mmd", "langevin"})
 
 

@@ -134,7 +134,7 @@ def test_compile_without_break_or_recompile():
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
     w = heads(torch.float32)
-    for n in (2, 3, 7):
+    for n in (4, 6, 9):
         f0, f1 = pyramid(n, torch.float32), pyramid(n, torch.float32)
         for f in f0:
             f.requires_grad_()
