@@ -6,6 +6,7 @@
 void bind_langevin(pybind11::module_& m);
 void bind_mmd(pybind11::module_& m);
 void bind_nearest(pybind11::module_& m);
+void bind_perceptual(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of fastgen; private, called by fastgen.ops.";
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
     bind_langevin(m);
     bind_mmd(m);
     bind_nearest(m);
+    bind_perceptual(m);
 }

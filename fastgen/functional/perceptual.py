@@ -11,8 +11,13 @@ from fastgen import check
 from fastgen.ops import perceptual as ops
 from fastgen.reference import perceptual as reference
 
-EPS_MODES = {"lpips": (1e-10, False), "torchmetrics": (1e-8, True)}
+EPS_MODES = ("lpips", "torchmetrics")
 DISTANCES = ("l1", "l2")
+
+
+def epsilon(eps_mode: str) -> tuple[float, bool]:
+    """(eps, whether it stands under the root). Literals: out of a table, torch.compile would make them inputs."""
+    return (1e-10, False) if eps_mode == "lpips" else (1e-8, True)
 
 
 class _LpipsLayer(torch.autograd.Function):
@@ -108,7 +113,7 @@ def lpips_distance(
 
     Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features, eq. 1; lpips 0.1.4; torchmetrics 1.9.
     """
-    check.choice("eps_mode", eps_mode, tuple(EPS_MODES))
+    check.choice("eps_mode", eps_mode, EPS_MODES)
     pairs = _pairs(features0, features1, (4,))
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) != len(pairs):
         given = f"{len(weights)} of them" if isinstance(weights, Sequence) else check.describe(weights)
@@ -120,7 +125,7 @@ def lpips_distance(
             raise ValueError(f"weights[{i}]: expected [{f0.shape[1]}], a number a channel, got {list(weight.shape)}")
         if weight.device != f0.device:
             raise ValueError(f"weights[{i}]: expected the device of features0, {f0.device}, got {weight.device}")
-        value = _LpipsLayer.apply(f0, f1, weight, *EPS_MODES[eps_mode])
+        value = _LpipsLayer.apply(f0, f1, weight, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
     return total
@@ -136,7 +141,7 @@ def feature_distance(
     """Σ_l w_l mean |f0 − f1| (or (f0 − f1)²), the mean over all but the first dimension.
 
     Args:
-        features0, features1: lists of maps [N, ...] of one to five dimensions, floats; images count as a map. Differing
+        features0, features1: lists of maps [N, ...] of two to five dimensions, floats; images count as a map. Differing
             dtypes are promoted.
         distance: "l1" or "l2" (squared).
         layer_weight: a number for each layer, default 1.
@@ -151,7 +156,7 @@ def feature_distance(
     Source: GLANN (Hoshen, Li & Malik 2019), eq. 2, whose code uses L1 and weights of 1.
     """
     check.choice("distance", distance, DISTANCES)
-    pairs = _pairs(features0, features1, (1, 2, 3, 4, 5))
+    pairs = _pairs(features0, features1, (2, 3, 4, 5))
     scales = [1.0] * len(pairs) if layer_weight is None else layer_numbers(layer_weight, len(pairs))
     total: Tensor | None = None
     for (f0, f1), scale in zip(pairs, scales, strict=True):
@@ -184,8 +189,8 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     Raises: TypeError or ValueError naming the argument.
 
     Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
-        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a
-        sum where a Gaussian would have the product; edges are replicated.
+        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j), where g(i) =
+        exp(−(i − 2)² / 4): a sum where a Gaussian has the product. Edges are replicated.
 
     Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.
     """

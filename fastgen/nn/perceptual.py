@@ -70,8 +70,8 @@ class PerceptualLoss(nn.Module):
         reduction: "none" for [N], "mean" for a scalar.
 
     forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own
-    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y never
-    passes through the network again: the same number, to the bit for the same batch.
+    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y
+    never passes through the network again: the same number, to the bit for the same batch.
 
     Returns: [N] float32 (float64 for float64 images), or its mean.
 
@@ -249,8 +249,8 @@ class LPIPS(nn.Module):
         pnet_rand: True means a random trunk.
         pnet_tune: True lets the trunk be trained.
         use_dropout: dropout before the heads while they are trained.
-        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too. A
-            file without all heads raises, where lpips would leave the rest random.
+        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too.
+            A file without all heads raises, where lpips would leave the rest random.
         eval_mode: True, the default, freezes heads and trunk and pins them to eval mode, whatever a parent's `.train()`
             says (not so under pnet_tune). False trains the heads, as lpips does by default.
         verbose: prints what is set up, as lpips does; False by default here.
@@ -296,7 +296,7 @@ class LPIPS(nn.Module):
         super().__init__()
         net = "vgg" if net == "vgg16" else check.choice("net", net, tuple(_NETS))
         check.choice("version", version, ("0.1", "0.0"))
-        self.eps_mode = check.choice("eps_mode", eps_mode, tuple(F.EPS_MODES))
+        self.eps_mode = check.choice("eps_mode", eps_mode, F.EPS_MODES)
         self.pnet_type, self.version, self.lpips, self.spatial = net, version, lpips, spatial
         self.pnet_tune, self.pnet_rand = pnet_tune, pnet_rand
         name, ends, self.chns = _NETS[net]
@@ -392,7 +392,7 @@ class LPIPS(nn.Module):
         dropout = self.training and self.lpips and len(self.lins[k].model) > 1  # type: ignore[arg-type]
         if not self.spatial and not dropout:
             return F.lpips_distance([f0], [f1], [weight], eps_mode=self.eps_mode)[:, None, None, None]
-        eps, inside = F.EPS_MODES[self.eps_mode]
+        eps, inside = F.epsilon(self.eps_mode)
         if dropout:
             u0, u1 = (reference.normalise(f, eps, inside)[0] for f in (f0, f1))
             each = tf.dropout((u0 - u1).square()) * weight[:, None, None]
@@ -437,7 +437,7 @@ class PerceptualEmbedding(nn.Module):
     def forward(self, x: Tensor, normalize: bool = False) -> Tensor:
         parts = []
         for f, weight in zip(self.lpips.features(x, normalize).maps, self.lpips.weights(), strict=True):
-            u = reference.normalise(f, *F.EPS_MODES[self.lpips.eps_mode])[0]
+            u = reference.normalise(f, *F.epsilon(self.lpips.eps_mode))[0]
             scale = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()
             parts.append((u * scale[:, None, None]).flatten(1))
         return torch.cat(parts, 1)

@@ -165,6 +165,7 @@ _LITE0_BLOCKS = (
 def _pointwise(x: Tensor, conv: nn.Conv2d, relu6: bool = False) -> Tensor:
     """A 1x1 convolution of channels_last maps as one matrix product: no reordering of weights at each call."""
     n, c, h, w = x.shape
+    assert conv.bias is not None
     rows = torch.addmm(conv.bias, x.permute(0, 2, 3, 1).reshape(-1, c), conv.weight[:, :, 0, 0].t())
     if relu6:
         rows = tf.relu6(rows)  # in place, autograd would keep a copy
@@ -337,7 +338,7 @@ def trunk(
         name: "efficientnet-lite0", "vgg16", "alexnet" or "squeezenet1_1".
         weights: None takes efficientnet-lite0's from its package and the others' from torch hub's cache
             ($TORCH_HOME/hub/checkpoints/vgg16-397923af.pth, alexnet-owt-7be5be79.pth, squeezenet1_1-b8a52dc0.pth;
-            nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that, for tests.
+            nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that.
         mean, std: three numbers each, of images in [0, 1]; default the trunk's own. 0.5 and 0.5 give 2I − 1, GLANN's
             input to VGG16.
 

@@ -12,7 +12,7 @@ import torch
 
 _forced: str | None = None
 
-CPP = frozenset({"mmd", "langevin", "nearest"})
+CPP = frozenset({"mmd", "langevin", "perceptual", "nearest"})
 TRITON = frozenset({"mmd", "langevin"})
 
 

@@ -7,6 +7,7 @@ and the strides of its map. Private: `fastgen.functional.perceptual` checks and 
 import torch
 from torch import Tensor
 
+from fastgen.ops import backend
 from fastgen.reference import perceptual as reference
 
 _SCHEMAS = {
@@ -24,22 +25,58 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _like(f: Tensor, value: Tensor) -> Tensor:
-    """`value` with the strides that the fake promises."""
+    """`value` with the dtype of `f` and the strides that the fake promises."""
     out = torch.empty_like(f)
     return value if value.stride() == out.stride() and value.dtype == out.dtype else out.copy_(value)
 
 
+def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both maps in the type of their sums and in one layout, f0's if it is one of the two; whether channels are last."""
+    last = f0.ndim == 4 and not f0.is_contiguous() and f0.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    dtype = reference.wide(f0.dtype)
+    return f0.to(dtype).contiguous(memory_format=layout), f1.to(dtype).contiguous(memory_format=layout), last
+
+
+def _lpips_cpp(
+    f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, grad: Tensor | None, sides: int
+) -> tuple[Tensor, ...]:
+    """The value, or (with `grad`) the gradients of the first `sides` of f0 and f1."""
+    extension = backend.extension()
+    assert extension is not None
+    g0, g1, last = _dense(f0, f1)
+    n, c, h, w = g0.shape
+    weight = weight.to(g0.dtype).contiguous()
+    if grad is None:
+        out: list[Tensor] = [g0.new_empty(n)]
+        pointers = (0, out[0].data_ptr(), 0, 0)
+    else:
+        grad = grad.to(g0.dtype).contiguous()
+        out = [torch.empty_like(g) for g in (g0, g1)[:sides]]
+        pointers = (grad.data_ptr(), 0, out[0].data_ptr(), out[1].data_ptr() if sides == 2 else 0)
+    sizes = (n, c, h * w, eps, eps_inside, last, g0.dtype == torch.float64, torch.get_num_threads())
+    extension.lpips_layer(g0.data_ptr(), g1.data_ptr(), weight.data_ptr(), *pointers, *sizes)
+    return tuple(out) if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
+
+
 def _lpips_layer(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
+    if backend.choose("perceptual", f0.device) == "cpp":
+        return _lpips_cpp(f0, f1, weight, eps, eps_inside, None, 0)[0]
     return reference.lpips_layer(f0, f1, weight, eps, eps_inside)
 
 
 def _lpips_layer_backward(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
+    if backend.choose("perceptual", f0.device) == "cpp":
+        return _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, 1)[0]
     return _like(f0, reference.lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside))
 
 
 def _lpips_layer_backward_both(
     grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool
 ) -> tuple[Tensor, Tensor]:
+    if backend.choose("perceptual", f0.device) == "cpp":
+        grad0, grad1 = _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, 2)
+        return grad0, grad1
     return (
         _lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside),
         _lpips_layer_backward(grad, f1, f0, weight, eps, eps_inside),
@@ -50,11 +87,33 @@ def _lpips_layer_backward_weight(grad: Tensor, f0: Tensor, f1: Tensor, eps: floa
     return reference.lpips_layer_backward_weight(grad, f0, f1, eps, eps_inside)
 
 
+def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:
+    """The value, or (with `grad`) the gradient of f0."""
+    extension = backend.extension()
+    assert extension is not None
+    g0, g1, _ = _dense(f0, f1)
+    n = g0.shape[0]
+    if grad is None:
+        out = g0.new_empty(n)
+        pointers = (0, out.data_ptr(), 0)
+    else:
+        grad = grad.to(g0.dtype).contiguous()
+        out = torch.empty_like(g0)
+        pointers = (grad.data_ptr(), 0, out.data_ptr())
+    sizes = (n, g0.numel() // max(n, 1), squared, g0.dtype == torch.float64, torch.get_num_threads())
+    extension.feature_distance(g0.data_ptr(), g1.data_ptr(), *pointers, *sizes)
+    return out if grad is None else _like(f0, out)
+
+
 def _feature_distance(f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
+    if backend.choose("perceptual", f0.device) == "cpp":
+        return _feature_cpp(f0, f1, squared, None)
     return reference.feature_distance(f0, f1, squared)
 
 
 def _feature_distance_backward(grad: Tensor, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
+    if backend.choose("perceptual", f0.device) == "cpp":
+        return _feature_cpp(f0, f1, squared, grad)
     return _like(f0, reference.feature_distance_backward(grad, f0, f1, squared))
 
 

@@ -1,0 +1,46 @@
+#include "perceptual.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+// Fused, x0·a0 − x1·a1 would keep the rounding of one product: identical maps must give exactly 0.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define FASTGEN_BODY "perceptual.inl"
+#include "each_isa.h"
+
+namespace py = pybind11;
+
+void bind_perceptual(py::module_& m) {
+    using namespace fastgen;
+    m.def(
+        "lpips_layer",
+        [](uintptr_t f0, uintptr_t f1, uintptr_t weight, uintptr_t grad, uintptr_t value, uintptr_t out0, uintptr_t out1,
+           int64_t n, int64_t c, int64_t pixels, double eps, bool inside, bool last, bool wide, int threads) {
+            const LpipsLayer k{reinterpret_cast<const void*>(f0), reinterpret_cast<const void*>(f1),
+                               reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(grad),
+                               reinterpret_cast<void*>(value), reinterpret_cast<void*>(out0),
+                               reinterpret_cast<void*>(out1), n, c, pixels, eps, inside, last, wide, threads};
+            FASTGEN_DISPATCH(lpips_layer, k);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "feature_distance",
+        [](uintptr_t f0, uintptr_t f1, uintptr_t grad, uintptr_t value, uintptr_t out, int64_t n, int64_t size,
+           bool squared, bool wide, int threads) {
+            const FeatureDistance k{reinterpret_cast<const void*>(f0), reinterpret_cast<const void*>(f1),
+                                    reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(value),
+                                    reinterpret_cast<void*>(out), n, size, squared, wide, threads};
+            FASTGEN_DISPATCH(feature_distance, k);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,154 @@
+"""PerceptualLoss: the number, cached targets, other people's networks, what it refuses."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+
+from fastgen.nn import Features, PerceptualLoss, trunk
+
+LAYERS = ("block0", "block2", "block4")
+
+
+@pytest.fixture
+def lite0():
+    return trunk("efficientnet-lite0", "random")
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 19)])
+def test_value(oracle, lite0, distance, channels, size):
+    loss = PerceptualLoss(lite0, layers=LAYERS, layer_weight=[1, 0.5, 2], distance=distance, pixel_weight=0.75)
+    x, y = torch.rand(3, channels, size, size), torch.rand(3, channels, size, size)
+    maps = [[image, *lite0(image, LAYERS)] for image in (x, y)]
+    want = oracle.feature_distance(*maps, distance, [0.75, 1.0, 0.5, 2.0])
+    got = loss(x, y)
+    assert got.shape == (3,)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    mean = PerceptualLoss(
+        lite0, layers=LAYERS, layer_weight=[1, 0.5, 2], distance=distance, pixel_weight=0.75, reduction="mean"
+    )
+    assert mean(x, y) == got.mean()
+    assert torch.equal(loss(x, x.clone()), torch.zeros(3))
+
+
+def test_cached_target_is_the_same_number(lite0):
+    loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0)
+    x, y = torch.rand(6, 1, 28, 28, requires_grad=True), torch.rand(6, 1, 28, 28)
+    features = loss.target(y)
+    assert len(features) == 6
+    assert not any(f.requires_grad for f in features.maps)
+    assert torch.equal(loss(x, features), loss(x, y))
+    grads = [torch.autograd.grad(loss(x, t).sum(), x)[0] for t in (features, y)]
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
+    rows = torch.tensor([4, 1, 1])
+    torch.testing.assert_close(loss(x[rows], features[rows]), loss(x, y)[rows])
+    torch.testing.assert_close(loss(x[5:], features[-1]), loss(x, y)[5:])
+    chunked = loss.target(y, chunk=4)
+    for a, b in zip(chunked.maps, features.maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    joined = Features.cat([features[:2], features[2:]])
+    assert all(torch.equal(a, b) for a, b in zip(joined.maps, features.maps, strict=True))
+    narrow = features.to(torch.bfloat16)
+    torch.testing.assert_close(loss(x, narrow), loss(x, y), rtol=2e-2, atol=0)
+
+
+def test_gradients_reach_either_side(lite0):
+    loss = PerceptualLoss(lite0.double(), layers=("stem", "block1"), pixel_weight=1.0, distance="l2")
+    x, y = torch.rand(1, 1, 5, 6).double().requires_grad_(), torch.rand(1, 1, 5, 6).double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x, y))
+    assert not any(p.requires_grad for p in loss.parameters())
+    assert not any(m.training for m in loss.train().trunk.modules())
+
+
+def test_pad_to(lite0):
+    x, y = torch.rand(2, 1, 28, 28), torch.rand(2, 1, 28, 28)
+    padded = PerceptualLoss(lite0, layers=LAYERS, pad_to=32)
+    plain = PerceptualLoss(lite0, layers=LAYERS)
+    frame = nn.ZeroPad2d(2)
+    torch.testing.assert_close(padded(x, y), plain(frame(x), frame(y)), rtol=0, atol=0)
+    assert torch.equal(padded(frame(x), frame(y)), padded(x, y))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 5, 3)
+        self.unused = nn.Identity()
+
+    def forward(self, x):
+        return self.second(self.act(self.first(x)))
+
+
+def test_any_module_by_hooks(oracle):
+    net = Net()
+    x, y = torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9, 9)
+    loss = PerceptualLoss(net, layers=["first", "second"])
+    with torch.no_grad():
+        # `first` as it left the convolution, though the ReLU after it works in place
+        maps = [[net.first(image), net.second(net.first(image).relu())] for image in (x, y)]
+    torch.testing.assert_close(loss(x, y).double(), oracle.feature_distance(*maps, "l1", [1.0, 1.0]), rtol=1e-6, atol=0)
+    assert torch.equal(loss(x, loss.target(y)), loss(x, y))
+    assert not net.first._forward_hooks
+    with pytest.raises(ValueError, match=r"layers: \['unused'\] took no part"):
+        PerceptualLoss(net, layers=["unused"])(x, y)
+
+
+def test_compile(lite0):
+    torch._dynamo.reset()
+    loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for n in (4, 3, 5):
+        x, y = torch.rand(n, 1, 28, 28, requires_grad=True), torch.rand(n, 1, 28, 28)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(y, 0)
+        got = compiled(x, y)
+        torch.testing.assert_close(got, loss(x, y))
+        (a,) = torch.autograd.grad(got.sum(), x)
+        (b,) = torch.autograd.grad(loss(x, y).sum(), x)
+        torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"style_weight": 1.0}, NotImplementedError, "style_weight=1.0 is not built yet"),
+        ({"layers": ["block99"]}, ValueError, "layers: expected some of stem, block0"),
+        ({"layers": "block0"}, TypeError, "layers: expected a sequence"),
+        ({"layers": []}, ValueError, "layers"),
+        ({"layers": ["block0", "block0"]}, ValueError, "each name once"),
+        ({"layer_weight": [1.0]}, ValueError, "layer_weight: expected 3 numbers"),
+        ({"distance": "cosine"}, ValueError, "distance"),
+        ({"pixel_weight": -1.0}, ValueError, "pixel_weight"),
+        ({"reduction": "sum"}, ValueError, "reduction"),
+        ({"pad_to": 0}, ValueError, "pad_to"),
+        ({"trunk": 3}, TypeError, "trunk: expected a name or a module"),
+        ({"trunk": "vgg19"}, ValueError, "name: .*'vgg16'.*'vgg19'"),
+        ({"trunk": nn.Identity(), "layers": ["a"]}, ValueError, "layers: expected names of submodules"),
+    ],
+)
+def test_constructor_errors(lite0, options, error, message):
+    arguments = {"trunk": lite0, "layers": LAYERS, **options}
+    with pytest.raises(error, match=message):
+        PerceptualLoss(arguments.pop("trunk"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.rand(2, 1, 8, 8), torch.rand(3, 1, 8, 8)), r"target: expected the shape of x"),
+        ((torch.rand(2, 2, 8, 8), torch.rand(2, 2, 8, 8)), r"x: expected images \[N, 1 or 3, H, W\]"),
+        ((torch.rand(2, 64), torch.rand(2, 64)), "x: expected 4 dimensions"),
+    ],
+)
+def test_forward_errors(lite0, arguments, message):
+    loss = PerceptualLoss(lite0, layers=LAYERS)
+    with pytest.raises(ValueError, match=message):
+        loss(*arguments)
+    with pytest.raises(ValueError, match="target: expected features of 2 images, got 3"):
+        loss(torch.rand(2, 1, 8, 8), loss.target(torch.rand(3, 1, 8, 8)))
