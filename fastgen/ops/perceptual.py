@@ -26,8 +26,9 @@ for _name, _schema in _SCHEMAS.items():
 
 def _like(f: Tensor, value: Tensor) -> Tensor:
     """`value` with the dtype of `f` and the strides that the fake promises."""
-    out = torch.empty_like(f)
-    return value if value.stride() == out.stride() and value.dtype == out.dtype else out.copy_(value)
+    if value.dtype == f.dtype and value.stride() == f.stride():
+        return value
+    return torch.empty_like(f).copy_(value)
 
 
 def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
