@@ -32,7 +32,7 @@ def _like(f: Tensor, value: Tensor) -> Tensor:
 
 
 def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both maps in the type of their sums and in one layout, f0's if that is one of the two; and is it channels_last."""
+    """Both maps in the type of their sums and in one layout, f0's if that will do; whether it is channels_last."""
     last = f0.ndim == 4 and not f0.is_contiguous() and f0.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     dtype = reference.wide(f0.dtype)
