@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
 // Fused, x0·a0 − x1·a1 would keep the rounding of one product: identical maps must give exactly 0.

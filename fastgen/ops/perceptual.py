@@ -26,12 +26,13 @@ for _name, _schema in _SCHEMAS.items():
 
 def _like(f: Tensor, value: Tensor) -> Tensor:
     """`value` with the dtype of `f` and the strides that the fake promises."""
-    out = torch.empty_like(f)
-    return value if value.stride() == out.stride() and value.dtype == out.dtype else out.copy_(value)
+    if value.dtype == f.dtype and value.stride() == f.stride():
+        return value
+    return torch.empty_like(f).copy_(value)
 
 
 def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both maps in the type of their sums and in one layout, f0's if it is one of the two; whether channels are last."""
+    """Both maps in the type of their sums and in one layout, f0's if that will do; whether it is channels_last."""
     last = f0.ndim == 4 and not f0.is_contiguous() and f0.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     dtype = reference.wide(f0.dtype)

@@ -57,7 +57,7 @@ def test_cached_target_is_the_same_number(lite0):
 def test_gradients_reach_either_side(lite0):
     loss = PerceptualLoss(lite0.double(), layers=("stem", "block1"), pixel_weight=1.0, distance="l2")
     x, y = torch.rand(1, 1, 5, 6).double().requires_grad_(), torch.rand(1, 1, 5, 6).double().requires_grad_()
-    assert torch.autograd.gradcheck(loss, (x, y))
+    assert torch.autograd.gradcheck(loss, (x, y), fast_mode=True)
     assert not any(p.requires_grad for p in loss.parameters())
     assert not any(m.training for m in loss.train().trunk.modules())
 

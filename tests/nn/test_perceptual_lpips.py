@@ -43,7 +43,7 @@ def both(oracle, net, **options):
 )
 def test_same_results(oracle, net, options):
     ours, theirs = both(oracle, net, **options)
-    x, y = torch.rand(2, 3, 64, 48) * 2 - 1, torch.rand(2, 3, 64, 48) * 2 - 1
+    x, y = torch.rand(2, 3, 48, 40) * 2 - 1, torch.rand(2, 3, 48, 40) * 2 - 1
     eps_mode = options.get("eps_mode", "lpips")
     want, want_shares = theirs(x.double(), y.double(), eps_mode=eps_mode)
     got, shares = ours(x, y, retPerLayer=True)
@@ -182,7 +182,7 @@ def test_heads_train(oracle):
         got = ours.lins[k].weight.grad.flatten().double()
         torch.testing.assert_close(got, theirs.heads[k].grad, rtol=1e-3, atol=1e-7)
     dropping = LPIPS(pnet_rand=True, eval_mode=False)
-    values = torch.stack([dropping(x, y).flatten() for _ in range(64)])
+    values = torch.stack([dropping(x, y).flatten() for _ in range(24)])
     assert values.std(0).min() > 0
     dropping.eval()
     torch.testing.assert_close(values.mean(0), dropping(x, y).flatten(), rtol=0.2, atol=0)
@@ -221,8 +221,11 @@ def test_errors(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("options", [{}, {"eps_mode": "torchmetrics"}, {"lpips": False}], ids=str)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [("alex", {}), ("squeeze", {}), ("alex", {"eps_mode": "torchmetrics"}), ("squeeze", {"lpips": False})],
+    ids=str,
+)
 def test_embedding(oracle, net, options):
     ours, _ = both(oracle, net, **options)
     embed = PerceptualEmbedding(ours)
