@@ -4,15 +4,20 @@
 
 constexpr int64_t BLOCK = 4096;  // elements
 
-// Normals of elements [first, first + count) of one chain; first is a multiple of 4, out has room for 4 * LANES more.
+constexpr int SPARE = 8 * LANES;       // room behind a buffer of noise: two batches are written at a time
+
+// Normals of elements [first, first + count) of one chain; first is a multiple of 4.
 static void fill_chain(float* out, int64_t first, int64_t count, uint64_t chain, uint32_t step, const Keys& keys) {
     u32v group;
     for (int i = 0; i < LANES; ++i) group[lane_of(i)] = uint32_t(first / 4 + i);
     const u32v c1 = u32v{} + step, c2 = u32v{} + uint32_t(chain), c3 = u32v{} + uint32_t(chain >> 32);
-    for (int64_t i = 0; i < count; i += 4 * LANES, group += uint32_t(LANES)) normals(group, c1, c2, c3, keys, out + i);
+    for (int64_t i = 0; i < count; i += 8 * LANES, group += 2 * uint32_t(LANES)) {
+        u32v counter[2][4] = {{group, c1, c2, c3}, {group + uint32_t(LANES), c1, c2, c3}};
+        normals(counter, keys, out + i);
+    }
 }
 
-// Normals of whole chains, packed; out has room for a multiple of 4 elements a chain and 4 * LANES more.
+// Normals of whole chains, packed; before that each takes a multiple of 4.
 static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, int64_t chains, const Keys& keys) {
     const int64_t groups = (s.elements + 3) / 4, total = chains * groups;
     int64_t chain = 0, group = 0;
@@ -26,7 +31,8 @@ static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, 
         }
         u32v c[3];
         std::memcpy(c, counter, sizeof c);
-        normals(c[0], u32v{} + s.step, c[1], c[2], keys, out + 4 * done);
+        u32v whole[1][4] = {{c[0], u32v{} + s.step, c[1], c[2]}};
+        normals(whole, keys, out + 4 * done);
     }
     if (s.elements % 4 != 0)
         for (int64_t c = 1; c < chains; ++c)
@@ -144,7 +150,7 @@ static void run(const LangevinStep& s) {
     const int64_t tasks = (s.chains + together - 1) / together * pieces;
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 32768)
     for (int64_t task = 0; task < tasks; ++task) {
-        alignas(64) float noise[BLOCK + 4 * LANES];
+        alignas(64) float noise[BLOCK + SPARE];
         if (cut) {
             const int64_t chain = task / pieces, first = task % pieces * BLOCK;
             const int64_t count = std::min(BLOCK, s.elements - first);
@@ -174,12 +180,12 @@ void langevin(const LangevinStep& s) {
 void philox_words(const uint32_t* counter, int64_t count, uint64_t seed, uint32_t* words) {
     const Keys keys(seed);
     for (int64_t i = 0; i < count; i += LANES) {
-        u32v c[4]{}, w[4];
+        u32v c[1][4]{};
         const int lanes = int(std::min<int64_t>(LANES, count - i));
         for (int lane = 0; lane < lanes; ++lane)
-            for (int j = 0; j < 4; ++j) c[j][lane] = counter[4 * (i + lane) + j];
-        philox(c[0], c[1], c[2], c[3], keys, w);
+            for (int j = 0; j < 4; ++j) c[0][j][lane] = counter[4 * (i + lane) + j];
+        philox(c, keys);
         for (int lane = 0; lane < lanes; ++lane)
-            for (int j = 0; j < 4; ++j) words[4 * (i + lane) + j] = w[j][lane];
+            for (int j = 0; j < 4; ++j) words[4 * (i + lane) + j] = c[0][j][lane];
     }
 }

@@ -1,6 +1,9 @@
-// Noise stream v1, LANES counters at a time; fastgen/reference/langevin.py states it. Included by a FASTGEN_BODY.
+// Noise stream v1, two batches of LANES counters at a time; fastgen/reference/langevin.py states it. Included by a
+// FASTGEN_BODY.
 //
-// Every operation on floats is a plain + - * or square root: the file that includes this one turns contraction off.
+// Every operation on floats is a plain + - * or square root: the file that includes this one turns contraction off. What
+// is computed N times over is written operation by operation: work that does not wait for each other then stands within
+// the window in which the processor looks for it.
 
 typedef uint64_t u64v __attribute__((vector_size(VEC_BYTES)));
 typedef uint32_t u32v __attribute__((vector_size(VEC_BYTES)));
@@ -26,6 +29,13 @@ static inline u64v mul_low(u64v a, uint32_t m) {
 #endif
 }
 
+// The polynomials of fastgen/reference/langevin.py.
+constexpr float L0 = 0.9999998211860657f, L1 = -0.6666790246963501f, L2 = 0.5000351071357727f, L3 = -0.39924144744873047f,
+                L4 = 0.33141016960144043f, L5 = -0.2983594536781311f, L6 = 0.2861504554748535f, L7 = -0.1746968924999237f,
+                S0 = -0.16666655242443085f, S1 = 0.00833216030150652f, S2 = -0.00019515282474458218f,
+                C0 = -0.4999988377094269f, C1 = 0.041655778884887695f, C2 = -0.0013591853203251958f,
+                MINUS_2_LN2 = -1.6525916635146132e-07f, QUARTER_PI = 3.65729529994141e-10f;
+
 struct Keys {
     uint64_t k0[10], k1[10];
     explicit Keys(uint64_t seed) {
@@ -34,24 +44,31 @@ struct Keys {
     }
 };
 
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
+
 // A counter lives in the low half of a 64-bit lane; what the upper half holds is never read by mul_low.
-[[gnu::always_inline]] static inline void rounds(u64v& c0, u64v& c1, u64v& c2, u64v& c3, const Keys& keys) {
+template <int N>
+[[gnu::always_inline]] static inline void rounds(u64v (&c)[N][4], const Keys& keys) {
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-        const u64v a = mul_low(c0, 0xD2511F53u), b = mul_low(c2, 0xCD9E8D57u);
-        c0 = (b >> 32) ^ c1 ^ keys.k0[round];
-        c2 = (a >> 32) ^ c3 ^ keys.k1[round];
-        c1 = b, c3 = a;
+        u64v a[N], b[N];
+        EACH(i, N) a[i] = mul_low(c[i][0], 0xD2511F53u), b[i] = mul_low(c[i][2], 0xCD9E8D57u);
+        EACH(i, N) {
+            c[i][0] = (b[i] >> 32) ^ c[i][1] ^ keys.k0[round];
+            c[i][2] = (a[i] >> 32) ^ c[i][3] ^ keys.k1[round];
+            c[i][1] = b[i], c[i][3] = a[i];
+        }
     }
 }
 
-// Words of LANES counters: the even lanes go through the rounds in one set of registers, the odd ones in another.
-[[gnu::always_inline]] static inline void philox(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, u32v w[4]) {
-    u64v a[4] = {(u64v)c0, (u64v)c1, (u64v)c2, (u64v)c3}, b[4];
-    for (int i = 0; i < 4; ++i) b[i] = a[i] >> 32;
-    rounds(a[0], a[1], a[2], a[3], keys);
-    rounds(b[0], b[1], b[2], b[3], keys);
-    for (int i = 0; i < 4; ++i) w[i] = (u32v)((a[i] & 0xffffffffu) | (b[i] << 32));
+// Counters of BATCHES * LANES groups to their words, in place: the even lanes go through the rounds in one set of
+// registers, the odd ones in another.
+template <int BATCHES>
+[[gnu::always_inline]] static inline void philox(u32v (&c)[BATCHES][4], const Keys& keys) {
+    u64v wide[2 * BATCHES][4];
+    EACH(i, BATCHES) EACH(j, 4) wide[2 * i][j] = (u64v)c[i][j], wide[2 * i + 1][j] = (u64v)c[i][j] >> 32;
+    rounds(wide, keys);
+    EACH(i, BATCHES) EACH(j, 4) c[i][j] = (u32v)((wide[2 * i][j] & 0xffffffffu) | (wide[2 * i + 1][j] << 32));
 }
 
 static inline f32v root(f32v v) {
@@ -67,27 +84,32 @@ static inline f32v root(f32v v) {
 #endif
 }
 
-static inline void pair(u32v a, u32v b, f32v& first, f32v& second) {
-    const i32v k = (i32v)__builtin_convertvector((i32v)((a >> 1) | 1), f32v) - (0x3f3504f3 + (31 << 23));
-    const f32v x = (f32v)((k & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    const f32v e = __builtin_convertvector(k & ~0x7fffff, f32v);
-    f32v q = x * -0.1746968924999237f + 0.2861504554748535f;
-    q = q * x + -0.2983594536781311f;
-    q = q * x + 0.33141016960144043f;
-    q = q * x + -0.39924144744873047f;
-    q = q * x + 0.5000351071357727f;
-    q = q * x + -0.6666790246963501f;
-    q = q * x + 0.9999998211860657f;
-    const f32v r = root(((x * x) * q - (x + x)) + e * -1.6525916635146132e-07f);
-    const f32v signed_r = (f32v)((u32v)r ^ (b & 0x80000000u));
-
-    const f32v y = __builtin_convertvector((i32v)((b << 2) | 2), f32v) * 3.65729529994141e-10f;
-    const f32v z = y * y;
-    const f32v s = y + y * (z * ((z * -0.00019515282474458218f + 0.00833216030150652f) * z + -0.16666655242443085f));
-    const f32v c = 1.0f + z * ((z * -0.0013591853203251958f + 0.041655778884887695f) * z + -0.4999988377094269f);
-    const i32v swap = (i32v)(b << 1) < 0;
-    first = signed_r * (swap ? s : c);
-    second = signed_r * (swap ? c : s);
+// Pairs of words to pairs of normals.
+template <int N>
+[[gnu::always_inline]] static inline void pairs(const u32v (&a)[N], const u32v (&b)[N], f32v (&first)[N], f32v (&second)[N]) {
+    i32v k[N];
+    f32v e[N], x[N], z[N], high[N], low[N], r[N], y[N], s[N], c[N];
+    EACH(i, N) k[i] = (i32v)__builtin_convertvector((i32v)((a[i] >> 1) | 1), f32v) - (0x3f3504f3 + (31 << 23));
+    EACH(i, N) y[i] = __builtin_convertvector((i32v)((b[i] << 2) | 2), f32v);
+    EACH(i, N) x[i] = (f32v)((k[i] & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    EACH(i, N) e[i] = __builtin_convertvector(k[i] & ~0x7fffff, f32v);
+    EACH(i, N) z[i] = x[i] * x[i];
+    EACH(i, N) high[i] = (x[i] * L7 + L6) * z[i] + (x[i] * L5 + L4);
+    EACH(i, N) low[i] = (x[i] * L3 + L2) * z[i] + (x[i] * L1 + L0);
+    EACH(i, N) low[i] = high[i] * (z[i] * z[i]) + low[i];
+    EACH(i, N) r[i] = root((z[i] * low[i] - (x[i] + x[i])) + e[i] * MINUS_2_LN2);
+    EACH(i, N) y[i] = y[i] * QUARTER_PI;
+    EACH(i, N) z[i] = y[i] * y[i];
+    EACH(i, N) s[i] = (z[i] * S2 + S1) * z[i] + S0;
+    EACH(i, N) c[i] = (z[i] * C2 + C1) * z[i] + C0;
+    EACH(i, N) s[i] = y[i] + y[i] * (z[i] * s[i]);
+    EACH(i, N) c[i] = 1.0f + z[i] * c[i];
+    EACH(i, N) r[i] = (f32v)((u32v)r[i] ^ (b[i] & 0x80000000u));
+    EACH(i, N) {
+        const i32v swap = (i32v)(b[i] << 1) < 0;
+        first[i] = r[i] * (swap ? s[i] : c[i]);
+        second[i] = r[i] * (swap ? c[i] : s[i]);
+    }
 }
 
 // Lane 4*L + k of a batch takes the group LANES/4*k + L, so that the transposition below stays within 128-bit lanes.
@@ -107,17 +129,21 @@ static inline f32v unpack(f32v a, f32v b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// 4 * LANES normals in the order of the elements.
-[[gnu::always_inline]] static inline void normals(u32v c0, u32v c1, u32v c2, u32v c3, const Keys& keys, float* out) {
+// BATCHES * 4 * LANES normals in the order of the elements; the counters are used up.
+template <int BATCHES>
+[[gnu::always_inline]] static inline void normals(u32v (&counter)[BATCHES][4], const Keys& keys, float* out) {
     constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-    u32v w[4];
-    philox(c0, c1, c2, c3, keys, w);
-    f32v n0, n1, n2, n3;
-    pair(w[0], w[1], n0, n1);
-    pair(w[2], w[3], n2, n3);
-    const f32v a = unpack<false, false>(n0, n1, lanes), b = unpack<false, false>(n2, n3, lanes);
-    const f32v c = unpack<true, false>(n0, n1, lanes), d = unpack<true, false>(n2, n3, lanes);
-    const f32v rows[4] = {unpack<false, true>(a, b, lanes), unpack<true, true>(a, b, lanes),
-                          unpack<false, true>(c, d, lanes), unpack<true, true>(c, d, lanes)};
-    std::memcpy(out, rows, sizeof rows);
+    philox(counter, keys);
+    u32v a[2 * BATCHES], b[2 * BATCHES];
+    f32v first[2 * BATCHES], second[2 * BATCHES];
+    EACH(i, 2 * BATCHES) a[i] = counter[i / 2][i % 2 * 2], b[i] = counter[i / 2][i % 2 * 2 + 1];
+    pairs(a, b, first, second);
+    for (int i = 0; i < BATCHES; ++i) {
+        const f32v n0 = first[2 * i], n1 = second[2 * i], n2 = first[2 * i + 1], n3 = second[2 * i + 1];
+        const f32v l01 = unpack<false, false>(n0, n1, lanes), l23 = unpack<false, false>(n2, n3, lanes);
+        const f32v h01 = unpack<true, false>(n0, n1, lanes), h23 = unpack<true, false>(n2, n3, lanes);
+        const f32v rows[4] = {unpack<false, true>(l01, l23, lanes), unpack<true, true>(l01, l23, lanes),
+                              unpack<false, true>(h01, h23, lanes), unpack<true, true>(h01, h23, lanes)};
+        std::memcpy(out + i * 4 * LANES, rows, sizeof rows);
+    }
 }

@@ -77,20 +77,15 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    value = torch.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value = value * x + coefficient
-    return value
-
-
 def pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two words, int64 in [0, 2³²), to two float32 normals."""
     # u = m·2ᵉ with m in [√½, √2): e is split off from √½'s bits on, and stays in its place, a multiple of 2²³.
     k = ((a >> 1) | 1).to(torch.int32).float().view(torch.int32) - (SQRT_HALF + (31 << 23))
     m = ((k & 0x7FFFFF) + SQRT_HALF).view(torch.float32)
     x = m - 1.0
-    square = ((x * x) * horner(x, L) - (x + x)) + (k & -0x800000).float() * MINUS_2_LN2
+    z = x * x
+    high, low = (x * L[7] + L[6]) * z + (x * L[5] + L[4]), (x * L[3] + L[2]) * z + (x * L[1] + L[0])
+    square = (z * (high * (z * z) + low) - (x + x)) + (k & -0x800000).float() * MINUS_2_LN2
     r = (
         square.double().sqrt().float()
     )  # torch's float32 square root on a CPU is not always the nearest: it may be MKL's
@@ -98,8 +93,8 @@ def pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     t = ((b << 2) & LOW) | 2
     y = torch.where(t < 2**31, t, t - 2**32).to(torch.int32).float() * QUARTER_PI
     z = y * y
-    sine = y + y * (z * horner(z, S))
-    cosine = 1.0 + z * horner(z, C)
+    sine = y + y * (z * ((z * S[2] + S[1]) * z + S[0]))
+    cosine = 1.0 + z * ((z * C[2] + C[1]) * z + C[0])
     swap = (b >> 30 & 1) == 1
     return r * torch.where(swap, sine, cosine), r * torch.where(swap, cosine, sine)
 
