@@ -50,7 +50,9 @@ def exhaustive(query: Tensor, database: Tensor, allowed: Tensor | None, k: int) 
             there = slice(left, left + columns)
             block = direct(query[here, None], database[None, there])
             if allowed is not None:
-                block = block.masked_fill(~allowed[..., there] if allowed.ndim == 1 else ~allowed[here, there], torch.inf)
+                block = block.masked_fill(
+                    ~allowed[..., there] if allowed.ndim == 1 else ~allowed[here, there], torch.inf
+                )
             ids = torch.arange(left, left + block.shape[1], device=query.device).expand_as(block)
             # Indices ascend along the row, so a stable sort by distance sorts by (distance, index).
             best = torch.cat([distance[here], block], 1).sort(dim=1, stable=True)

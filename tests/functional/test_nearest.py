@@ -294,7 +294,12 @@ Q, B = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.aran
         (ValueError, "within float32", (Q, B + 1e20), {}),
         (ValueError, "within float32", (Q.double() * 1e200, B.double()), {}),
         (NotImplementedError, "exclude_radius=0.5 is not built yet", (Q, B), {"exclude_radius": 0.5}),
-        (NotImplementedError, "precision='bf16' is not built yet; what works: 'certified'", (Q, B), {"precision": "bf16"}),
+        (
+            NotImplementedError,
+            "precision='bf16' is not built yet; what works: 'certified'",
+            (Q, B),
+            {"precision": "bf16"},
+        ),
         (ValueError, "precision: expected one of", (Q, B), {"precision": "exact"}),
     ],
 )
