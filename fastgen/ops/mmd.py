@@ -6,6 +6,7 @@ float32 (a unit gradient is of order 1/N: float16 would lose it).
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -98,10 +99,15 @@ def _value_grad(
     return _run(x, y, kind, parameters, estimator, precision, 2)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("fastgen::mmd_value", _device)(_value)
-    torch.library.impl("fastgen::mmd_value_grad_x", _device)(_value_grad_x)
-    torch.library.impl("fastgen::mmd_value_grad", _device)(_value_grad)
+def _vmap(*_: object) -> NoReturn:
+    # Torch's own fallback would lose the gradient of what is differentiated outside the vmap, without a word.
+    raise NotImplementedError("fastgen mmd: vmap is not built; what works: points of shape [B, N, D]")
+
+
+for _name, _kernel in (("value", _value), ("value_grad_x", _value_grad_x), ("value_grad", _value_grad)):
+    for _device in ("CPU", "CUDA"):
+        torch.library.impl(f"fastgen::mmd_{_name}", _device)(_kernel)
+    torch.library.register_vmap(f"fastgen::mmd_{_name}", _vmap)
 
 
 def _like(points: Tensor, shape: Sequence[int]) -> Tensor:

@@ -66,8 +66,8 @@ def _mmd(
         yy, gy, _ = _sweep(y, y, kind, parameters, True, masked, for_y, False)
         xy, gx_cross, gy_cross = _sweep(x, y, kind, parameters, estimator == "u_statistic", masked, for_x, for_y)
         result = (a_xx * xx + a_yy * yy - 2 * a_xy * xy).to(out).reshape(shape_x[:-2])
-        gx = (2 * a_xx * gx - 2 * a_xy * gx_cross).to(out).reshape(shape_x) if for_x else gx
-        gy = (2 * a_yy * gy - 2 * a_xy * gy_cross).to(out).reshape(shape_y) if for_y else gy
+        gx = (2 * a_xx * gx - 2 * a_xy * gx_cross).to(out).reshape(shape_x).contiguous() if for_x else gx
+        gy = (2 * a_yy * gy - 2 * a_xy * gy_cross).to(out).reshape(shape_y).contiguous() if for_y else gy
     return result, gx, gy
 
 

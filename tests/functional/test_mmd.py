@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from fastgen import functional as F
@@ -25,7 +26,9 @@ RUNS = ["cpp", "reference"]
 
 
 def points(n: int, m: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, d).to(dtype), (torch.randn(m, d) * 1.3 + 0.4).to(dtype)
+    """Points whose squared distances are of order one for any D, so that no gradient is a vanishing difference."""
+    scale = d**-0.5
+    return (torch.randn(n, d) * scale).to(dtype), ((torch.randn(m, d) * 1.3 + 0.4) * scale).to(dtype)
 
 
 def close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -152,21 +155,22 @@ def test_non_finite_points_give_nan(bad: float, name: str, run: str) -> None:
             result.backward()
             assert result.isnan()
             assert pair[0].grad is not None
-            assert pair[0].grad.isnan().any()
+            assert not pair[0].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_far_apart_and_far_from_the_origin(run: str, oracle: ModuleType) -> None:
-    # A common shift costs nothing; distances a thousand times the base stay right to float32's own digits.
+    # A shift common to both costs nothing; one of the samples against the other costs digits of the distances within.
     x, y = points(50, 60, 8, torch.float32)
     kind, parameters = F.IMQ()._op(8)
-    for a, b in ((x + 1024, y + 1024), (x, y + 200), (x * 1e6, y * 1e6), (x * 1e-6, y * 1e-6)):
+    cases = ((x + 1024, y + 1024, 2e-6), (x, y + 20, 2e-5), (x * 1e6, y * 1e6, 2e-6), (x * 1e-6, y * 1e-6, 2e-6))
+    for a, b, tolerance in cases:
         value, gx, _ = oracle.mmd(a, b, kind, tuple(parameters), "unbiased")
         a = a.clone().requires_grad_()
         with backend.force(run):
             result = F.mmd(a, b)
             result.backward()
-        assert abs(float(result.detach()) - float(value)) < 2e-6
+        assert abs(float(result.detach()) - float(value)) < tolerance
         assert a.grad is not None
         if a.abs().max() > 1e-3:
             close(a.grad, gx, 2e-4)
@@ -252,8 +256,9 @@ def test_autocast_sums_in_float32(name: str, run: str) -> None:
 
 def test_vmap_raises() -> None:
     x = torch.randn(3, 5, 2, requires_grad=True)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(F.mmd)(x, torch.randn(3, 4, 2))
+    for points in (x, x.detach()):
+        with pytest.raises(NotImplementedError, match=r"vmap is not built; what works: points of shape \[B, N, D\]"):
+            torch.vmap(F.mmd)(points, torch.randn(3, 4, 2))
 
 
 ok = torch.zeros(4, 3)
