@@ -28,7 +28,9 @@ def works(scale: str) -> list[Work]:
         "keops": keops,
     }
     return [
-        Work("mmd", f"IMQ-7, {n} x {m} x {d}, {SIDES[sides]}", partial(gaussian, n, m, d, sides), providers, oracle, 2e-4)
+        Work(
+            "mmd", f"IMQ-7, {n} x {m} x {d}, {SIDES[sides]}", partial(gaussian, n, m, d, sides), providers, oracle, 2e-4
+        )
         for n, m, d, sides in SIZES[scale]
     ]
 
@@ -93,7 +95,7 @@ def keops(inputs: Inputs) -> Run:
 
     def mean(a: Tensor, b: Tensor, same: bool) -> Tensor:
         square = ((LazyTensor(a[:, None]) - LazyTensor(b[None])) ** 2).sum(-1)
-        total = 0
+        total: Any = 0
         for scale in SCALES:
             c = 2 * a.shape[1] * scale
             total = total + (1 + square / c).inv()

@@ -51,7 +51,7 @@ def test_fastgen_commands_in_order(tmp_path: Path) -> None:
         words = shlex.split(line)[1:]
         if words[0] == "train":
             words = [w for w in words if w not in ("--data", "mnist5k")]
-            words += shlex.split(SMALL) + ["--trainer.enable_progress_bar=false"]
+            words += [*shlex.split(SMALL), "--trainer.enable_progress_bar=false"]
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fastgen.cli import main; sys.exit(main({words!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
