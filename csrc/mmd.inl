@@ -15,6 +15,7 @@ struct Lanes {
     static constexpr int count = VEC_BYTES / sizeof(T);
     using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     typedef T V __attribute__((vector_size(VEC_BYTES)));
+    typedef T Half __attribute__((vector_size(VEC_BYTES / 2)));
     typedef Int I __attribute__((vector_size(VEC_BYTES)));
 };
 
@@ -28,9 +29,13 @@ FASTGEN_INLINE Vec<T> splat(T s) {
 
 template <class T>
 FASTGEN_INLINE double lane_sum(Vec<T> v) {
-    double sum = 0;
-    for (int l = 0; l < Lanes<T>::count; ++l) sum += v[l];
-    return sum;
+    typename Lanes<T>::Half low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    low += high;
+    T sum = 0;
+    for (int l = 0; l < Lanes<T>::count / 2; ++l) sum += low[l];
+    return double(sum);
 }
 
 // 1/x for x ≥ 1.
@@ -160,12 +165,11 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
-// G[a][:] += Σ_b w(a, b) Z[b][:] for `count` ≤ 4 rows a, w(a, b) = w[a·step_a + b·step_b].
-template <class T, int count, int width>
+// G[a][:] += scale · Σ_b w(a, b) Z[b][:] for `count` rows a and `width` vectors V; w(a, b) = w[a·step_a + b·step_b].
+template <class T, class V, int count, int width>
 FASTGEN_INLINE void weighted_sums(const T* w, int64_t step_a, int64_t step_b, int64_t terms, const T* z, T* g,
                                   int64_t stride, T scale) {
-    using V = Vec<T>;
-    constexpr int lanes = Lanes<T>::count;
+    constexpr int lanes = sizeof(V) / sizeof(T);
     V sums[count][width] = {};
     for (int64_t b = 0; b < terms; ++b) {
         V points[width];
@@ -211,7 +215,7 @@ struct Pairs {
         : arguments(arguments_),
           kernel(arguments_.parameters),
           d(arguments_.d),
-          stride((arguments_.d + lanes - 1) / lanes * lanes),
+          stride(arguments_.d <= lanes / 2 ? lanes / 2 : (arguments_.d + lanes - 1) / lanes * lanes),
           tile(tile_rows(arguments_.n + arguments_.m, arguments_.d)),
           tiles_x((arguments_.n + tile - 1) / tile),
           tiles_y((arguments_.m + tile - 1) / tile),
@@ -309,25 +313,32 @@ struct Pairs {
         return lane_sum<T>(total);
     }
 
-    // Rows a take Σ_b w z_b; `count_a` and `terms` are multiples of four.
+    template <class Z, int count, int width>
+    static void gather_columns(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z,
+                               T* g, int64_t stride, T scale) {
+        for (int64_t a = 0; a < count_a; a += count)
+            weighted_sums<T, Z, count, width>(w + a * step_a, step_a, step_b, terms, z, g + a * stride, stride, scale);
+    }
+
+    // Rows a take Σ_b w z_b; `count_a` is a multiple of `strip`. Enough sums at once to hide an addition's latency.
     void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z, T* g,
                 T scale) const {
+        constexpr bool wide = VEC_BYTES == 64;
+        if (stride < lanes)
+            return gather_columns<typename Lanes<T>::Half, strip, 1>(w, step_a, step_b, count_a, terms, z, g, stride,
+                                                                     scale);
         for (int64_t c = 0; c < stride;) {
             const int64_t left = (stride - c) / lanes;
-            constexpr int widest = VEC_BYTES == 64 ? 4 : 2;
-            for (int64_t a = 0; a < count_a; a += 4) {
-                const T* from = w + a * step_a;
-                T* to = g + a * stride + c;
-                if (left >= widest)
-                    weighted_sums<T, 4, widest>(from, step_a, step_b, terms, z + c, to, stride, scale);
-                else if (left == 3)
-                    weighted_sums<T, 4, 3>(from, step_a, step_b, terms, z + c, to, stride, scale);
-                else if (left == 2)
-                    weighted_sums<T, 4, 2>(from, step_a, step_b, terms, z + c, to, stride, scale);
-                else
-                    weighted_sums<T, 4, 1>(from, step_a, step_b, terms, z + c, to, stride, scale);
+            if (wide && left >= 4) {
+                gather_columns<V, 4, wide ? 4 : 1>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+                c += 4 * lanes;
+            } else if (left >= 2) {
+                gather_columns<V, strip, 2>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+                c += 2 * lanes;
+            } else {
+                gather_columns<V, strip, 1>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+                c += lanes;
             }
-            c += lanes * std::min<int64_t>(left, widest);
         }
     }
 
