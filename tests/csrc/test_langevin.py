@@ -76,6 +76,11 @@ def test_known_answers(extension: ModuleType, key: tuple[int, int, int]) -> None
         assert hexadecimal(noise.view(torch.int32).flatten()) == bits
 
 
+def test_the_stream_is_frozen(extension: ModuleType) -> None:
+    bits = cpp_noise((1, 2**16), None, 0, 0).view(torch.int32).long()
+    assert int(bits.sum()) % 2**32 == reference.KNOWN_CHECKSUM
+
+
 def signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
