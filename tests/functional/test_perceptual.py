@@ -48,6 +48,20 @@ def test_lpips_gradient_against_oracle(oracle):
             torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-13)
 
 
+def test_create_graph_gives_the_same_gradient():
+    f0, f1, w = pyramid(), pyramid(), heads()
+    leaves = [t.requires_grad_() for t in (*f0, *f1, *w)]
+    for call in (lambda: F.lpips_distance(f0, f1, w), lambda: F.feature_distance(f0, f1, distance="l2")):
+        plain, graph = (
+            torch.autograd.grad(call().sum(), leaves, create_graph=create, allow_unused=True)
+            for create in (False, True)
+        )
+        for a, b in zip(plain, graph, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
 def test_second_order_at_zero_vectors_is_finite():
     f0, f1, w = pyramid(relu=False), pyramid(relu=False), heads()
     f0[0][:, :, 1] = 0
