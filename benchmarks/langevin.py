@@ -1,7 +1,7 @@
 """The Langevin step and its noise, and a whole chain on a small network.
 
-`add` is torch.add(x, grad, out=...): two reads and a write, what a step costs at the least. Noise has no oracle: the tests
-compare every bit.
+`add` is torch.add(x, grad, out=...): two reads and a write, what a step costs at the least. Noise has no oracle: the
+tests compare every bit.
 """
 
 from functools import partial
