@@ -3,7 +3,7 @@
 // With c any point (here about the mean), q' = q − c, b' = b − c:  ‖q − b‖² = ‖q'‖² + 2 (‖b'‖²/2 − q'·b').
 // Scales s, t and integers q̂ = round(q'/s), b̂ = round(b'/t) give the key  κ(b) = round(‖b'‖²/2st) − q̂·b̂, an exact 32-bit
 // integer. q'·b'/st − q̂·b̂ = δq·b̂ + (q'/s)·δb, with δ what rounding took away, so by Cauchy and Schwarz
-//     |κ − (‖b'‖²/2 − q'·b')/st| ≤ E(q) = ‖δq‖ (max‖b'‖/t + max‖δb‖) + ‖q'‖/s max‖δb‖ + 1 + rounding of this line,
+//     |κ − (‖b'‖²/2 − q'·b')/st| ≤ E(q) = ‖δq‖ (max‖b'‖/t + max‖δb‖) + ‖q'‖/s max‖δb‖ + 2 + what rounds here,
 // with ‖δ‖ as it was measured, not its worst case. So a row whose key exceeds the k-th smallest by more than 2 E is farther
 // than k others, float32 rounding of the distances included, and every other row is kept as a candidate: the answer does
 // not depend on c, s, t, the order or the threads, which only decide how many candidates there are (a few).
@@ -179,8 +179,8 @@ struct Group {
     void limit_by_measured(int64_t slot) {
         const int64_t query = query_rows[slot], k = problem.k;
         if (measured[query] < k) return;
-        const double most = problem.distance[query * k + k - 1] * (1 + 0x1p-22) + 0x1p-140;
-        lower(slot, (most - norm[slot]) / unit[slot] + error[slot]);
+        // E holds room for what float32 rounding of a distance hides.
+        lower(slot, (double(problem.distance[query * k + k - 1]) - norm[slot]) / unit[slot] + error[slot]);
     }
 };
 
@@ -249,6 +249,41 @@ double eight_medians(const std::vector<double>& squares) {
     return median > 0 ? 8 * median : std::numeric_limits<double>::infinity();
 }
 
+// The mean of some of the rows that may be chosen, of which the far ones are left out: any centre is right, but one that
+// a few outliers have dragged away leaves many candidates.
+template <class T>
+std::vector<T> about_the_mean(const T* database, const std::vector<int64_t>& allowed, int64_t d) {
+    const int64_t step = int64_t(allowed.size()) / 256 + 1, samples = (int64_t(allowed.size()) + step - 1) / step;
+    std::vector<double> sum(d), square(samples, 0), sorted;
+    std::vector<T> centre(d);
+    double most = 0;
+    for (int round = 0; round < 3; ++round) {
+        std::fill(sum.begin(), sum.end(), 0);
+        int64_t kept = 0;
+        for (int64_t i = 0; i < samples; ++i) {
+            if (!(square[i] <= most)) continue;
+            ++kept;
+            for (int64_t t = 0; t < d; ++t) sum[t] += database[allowed[i * step] * d + t];
+        }
+        for (int64_t t = 0; t < d; ++t) {
+            centre[t] = T(sum[t] / std::max<int64_t>(kept, 1));
+            if (!std::isfinite(centre[t])) centre[t] = 0;  // a row that is not finite is found below
+        }
+        for (int64_t i = 0; i < samples; ++i) {
+            square[i] = 0;
+            for (int64_t t = 0; t < d; ++t) {
+                const double off = double(database[allowed[i * step] * d + t]) - centre[t];
+                square[i] += off * off;
+            }
+            if (std::isnan(square[i])) square[i] = std::numeric_limits<double>::infinity();  // NaN does not sort
+        }
+        sorted = square;
+        std::nth_element(sorted.begin(), sorted.begin() + samples / 2, sorted.end());
+        most = 16 * sorted[samples / 2];
+    }
+    return centre;
+}
+
 template <class T>
 NearestStatus run(const NearestProblem& problem) {
     const int64_t n = problem.n, m = problem.m, d = problem.d, pairs = (d + 1) / 2;
@@ -270,17 +305,7 @@ NearestStatus run(const NearestProblem& problem) {
     }
     const int64_t size = int64_t(allowed.size());
 
-    // About the mean of what may be chosen: any centre is right.
-    std::vector<double> sums(d, 0);
-    int64_t sampled = 0;
-    for (int64_t j = 0, step = size / 512 + 1; j < size; j += step, ++sampled)
-        for (int64_t t = 0; t < d; ++t) sums[t] += database[allowed[j] * d + t];
-    std::vector<T> centre(d);
-    for (int64_t t = 0; t < d; ++t) {
-        centre[t] = T(sums[t] / sampled);
-        if (!std::isfinite(centre[t])) centre[t] = 0;
-    }
-
+    const std::vector<T> centre = about_the_mean(database, allowed, d);
     std::vector<double> query_norm(n), norm(size);
 #pragma omp parallel num_threads(threads)
     {
