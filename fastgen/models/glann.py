@@ -18,7 +18,7 @@ NAME = "glann"
 
 # What is compared by default: four depths of EfficientNet-lite0; GLANN's own taps of VGG16.
 LAYERS = {
-    "efficientnet-lite0": ("block0", "block2", "block4", "block10"),
+    "efficientnet-lite0": ("block0", "block2", "block4", "block7"),
     "vgg16": ("relu1_2", "relu2_2", "conv3_2"),
 }
 
@@ -59,7 +59,7 @@ class GLANN:
         self,
         latent_dim: int = 64,
         latent_init: Literal["pca", "random"] = "pca",
-        width: int = 32,
+        width: int = 16,
         trunk: str = "efficientnet-lite0",
         layers: Sequence[str] | None = None,
         pixel_weight: float = 1.0,
@@ -148,7 +148,7 @@ class GLANN:
         if layers is None:
             raise check.UserError(f"layers: expected names of layers of {a['trunk']!r} to compare")
         try:
-            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"], pad_to=32)
+            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"])
         except (ValueError, TypeError, OSError) as error:
             raise check.UserError(str(error)) from None
 

@@ -108,7 +108,8 @@ class Run:
         if trainer.world_size > 1:
             raise UserError(f"trainer.devices: this model trains in one process, got {trainer.world_size}")
         trainer.fit(module, loader, ckpt_path=found, weights_only=True)
-        if trainer.interrupted:
+        # Lightning returns as if all were well after Ctrl-C and SIGTERM.
+        if trainer.current_epoch < epochs:
             raise KeyboardInterrupt
 
     @contextmanager
