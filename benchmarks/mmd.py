@@ -1,4 +1,4 @@
-"""MMD² with WAE's seven IMQ scales: value and gradients, against the port that users copy, torch.compile of it and KeOps.
+"""MMD² with WAE's seven IMQ scales: value and gradients, against the port that users copy, compiled and not, and KeOps.
 
 GeomLoss is not here: it has no IMQ kernel, and its biased ½‖·‖² is another number."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from fastgen.kernels import launch
+
 from fastgen.ops.mmd import inverse_pairs
 
 KERNELS = {
