@@ -52,7 +52,7 @@ def picture(file: Path, panels: dict[str, Tensor], note: str | None = None) -> N
 
 def _save(figure: Any, file: Path) -> None:
     part = file.with_name(file.stem + ".part" + file.suffix)
-    figure.savefig(part, dpi=110)
+    figure.savefig(part, dpi=110, bbox_inches="tight")
     _pyplot().close(figure)
     os.replace(part, file)
 

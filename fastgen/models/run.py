@@ -52,9 +52,9 @@ class Run:
             if not resume:
                 raise UserError(f"out: {folder} holds another run: give --resume to go on with it, or another folder")
             run = cls(folder)
-            before = {k: v for k, v in run.record.items() if k != "version"}
-            for key, value in _flat(record).items():
-                if (old := _flat(before).get(key)) != value:
+            before = _flat(run.record)
+            for key, value in _flat(json.loads(json.dumps(record))).items():  # a tuple comes back as a list
+                if (old := before.get(key)) != value:
                     raise UserError(
                         f"{key}: the run in {folder} has {old!r}, got {value!r}; leave it out to resume that run"
                     )

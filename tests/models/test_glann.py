@@ -68,11 +68,24 @@ def test_resumed_run_equals_an_unbroken_one(
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="broken off"):
         GLANN(**SMALL).fit(images, out, trainer={**QUIET, "callbacks": [StopAt(stage, epoch)]})
-    GLANN(**SMALL).fit(images, out, resume=True, trainer=QUIET)
+    # Layers as a tuple are the same layers.
+    GLANN(**{**SMALL, "layers": tuple(SMALL["layers"])}).fit(images, out, resume=True, trainer=QUIET)
     expected, got = states(whole), states(out)
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
+
+
+def test_a_stage_broken_off_is_not_a_finished_one(images: data.Images, tmp_path: Path) -> None:
+    """Lightning's fit returns as if all were well when it is told to stop."""
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.raises(KeyboardInterrupt):
+        GLANN(**SMALL).fit(images, tmp_path / "run", trainer={**QUIET, "callbacks": [Stop()]})
+    assert not (tmp_path / "run" / "imle").exists()
 
 
 KILLED = """
