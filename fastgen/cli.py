@@ -128,16 +128,14 @@ def _open(path: str) -> tuple[Any, Any, Any]:
     from fastgen import data
     from fastgen.models import model_class
 
-    chosen = None
     try:
         from fastgen.models.run import Run
     except ImportError:
         raise UserError("this needs the extra train: pip install 'fastgen[train]'") from None
     _quiet()
     run = Run(path)
-    chosen = model_class(run.record["model"])
     images = data.load(run.record["data"])
-    return run, images, chosen.load(run, images)
+    return run, images, model_class(run.record["model"]).load(run, images)
 
 
 def sample(argv: list[str]) -> None:
