@@ -63,8 +63,8 @@ def train(argv: list[str]) -> None:
 
     if not argv or argv[0].startswith("-"):
         raise UserError(f"train: expected a model first, one of {', '.join(MODELS)}")
-    chosen, argv = model_class(argv[0]), argv[1:]
-    parser = _parser("train " + chosen.__name__.lower(), (chosen.__doc__ or "").split("\n")[0])
+    name, chosen, argv = argv[0], model_class(argv[0]), argv[1:]
+    parser = _parser(f"train {name}", (chosen.__doc__ or "").split("\n")[0])
     from lightning.pytorch import Trainer
 
     from fastgen import data
@@ -87,15 +87,13 @@ def train(argv: list[str]) -> None:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     resumed = _stored(argv, parser) if _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
-    for name in ("data", "out"):
-        if getattr(parsed, name) is None:
-            raise UserError(
-                f"{name}: expected --{name}; `fastgen train {chosen.__name__.lower()} --help` lists the options"
-            )
+    for needed in ("data", "out"):
+        if getattr(parsed, needed) is None:
+            raise UserError(f"{needed}: expected --{needed}; `fastgen train {name} --help` lists the options")
     built = parser.instantiate(parsed)
     _quiet()
     try:
-        model = chosen(**{name: getattr(parsed, name) for name in given})
+        model = chosen(**{key: getattr(parsed, key) for key in given})
     except (ValueError, TypeError) as error:  # its own checks of its arguments
         raise UserError(str(error)) from None
     options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
@@ -175,26 +173,32 @@ def evaluate(argv: list[str]) -> None:
     parsed = parser.parse_args(argv)
     run, images, model = _open(parsed.run)
     from fastgen import report
-    from fastgen.models.evaluation import Gaussian
-    from fastgen.models.evaluation import evaluate as measure
 
     name = run.record["model"]
-    measured = measure(run, model, images, name=name)
-    drawn = model.sample(100, seed=0)
-    panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
-    report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
-    some = slice(0, None, max(1, len(images.train) // 64))
-    count = len(images.train[some]) // 16 * 16
-    if count:
-        chosen = images.train[some][:count], model.decode(model.latent[some][:count])
-        report.reconstructions(run.path / "reconstructions.png", *chosen)
-    ends = model.latent[:: max(1, len(model.latent) // 16)]
-    if len(ends) >= 16:
-        # Sorted by class, the latents eight apart belong to different ones.
-        report.interpolations(run.path / "interpolations.png", ends[:8], ends[8:16], model.decode)
-    report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
-    report.write(run.path, measured, run.record)
-    print(report.figures_table(measured))
+    if hasattr(model, "measure"):
+        from fastgen.models.run import write_json
+
+        measured = model.measure(run, images)
+        write_json(run.path / "metrics.json", measured)
+        print(report.measured_table(measured))
+    else:
+        from fastgen.models.evaluation import Gaussian
+        from fastgen.models.evaluation import evaluate as measure
+
+        measured = measure(run, model, images, name=name)
+        drawn = model.sample(100, seed=0)
+        panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
+        report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
+        report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
+        print(report.figures_table(measured))
+    if hasattr(model, "reconstructions"):
+        originals, made = model.reconstructions(images.train, min(64, len(images.train) // 16 * 16))
+        if len(originals):
+            report.reconstructions(run.path / "reconstructions.png", originals, made)
+    if hasattr(model, "interpolations") and len(images.train) >= 16:
+        report.interpolations(run.path / "interpolations.png", model.interpolations(8, 12), 12)
+    own = model.pictures(run.path) if hasattr(model, "pictures") else []
+    report.write(run.path, measured, run.record, own)
     print(f"{run.path}: metrics.json, report.md and pictures written")
 
 

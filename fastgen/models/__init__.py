@@ -1,12 +1,26 @@
-"""Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`."""
+"""Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`.
+
+A model is a class with
+
+    fit(images, out, resume=, trainer=)   train into the folder `out`, with a `Run`
+    load(run, images)                     classmethod: the model of a finished run
+    sample(n, seed=)                      images [n, C, H, W] in [0, 1]
+
+and, where they mean something for it, what `fastgen evaluate` draws and measures:
+
+    reconstructions(images, n)            (originals, reconstructions), n of the training images each
+    interpolations(rows, steps)           images [rows · steps, C, H, W], a row each from one code to another
+    pictures(folder)                      writes further pictures, returns their names without ".png"
+    measure(run, images)                  in place of the classifier's figures: a dict for metrics.json, written by
+                                          the caller, with "seconds" and "peak_rss" as `evaluation.evaluate` has them
+"""
 
 import importlib
 from typing import Any
 
 from fastgen.check import UserError
 
-# name on the command line -> module and class; a model is fit(images, out, resume=, trainer=), load(run, images),
-# sample(n, seed=)
+# name on the command line -> module and class
 MODELS = {"glann": ("fastgen.models.glann", "GLANN")}
 
 
