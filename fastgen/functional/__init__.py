@@ -1,7 +1,9 @@
 """The public functions: conventions, validation, differentiation."""
 
 from fastgen.functional.langevin import langevin_noise, langevin_step_
-from fastgen.functional.mmd import IMQ, RBF, Polynomial, mmd, wae_mmd
+from fastgen.functional.mmd import IMQ, RBF, Polynomial, mmd
+from fastgen.functional.mmd_median import median_squared_distance
+from fastgen.functional.mmd_wae import wae_mmd
 from fastgen.functional.nearest import Nearest, nearest
 from fastgen.functional.perceptual import feature_distance, laplacian_pyramid_loss, lpips_distance
 
@@ -15,6 +17,7 @@ __all__ = [
     "langevin_step_",
     "laplacian_pyramid_loss",
     "lpips_distance",
+    "median_squared_distance",
     "mmd",
     "nearest",
     "wae_mmd",
