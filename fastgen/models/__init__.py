@@ -21,7 +21,11 @@ from typing import Any
 from fastgen.check import UserError
 
 # name on the command line -> module and class
-MODELS = {"glann": ("fastgen.models.glann", "GLANN")}
+MODELS = {
+    "glann": ("fastgen.models.glann", "GLANN"),
+    "wae-mmd": ("fastgen.models.wae", "WAEMMD"),
+    "gmmn": ("fastgen.models.gmmn", "GMMN"),
+}
 
 
 def model_class(name: str) -> Any:
