@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.mmd import IMQ, RBF, mmd
+from fastgen.functional.mmd import mmd
+from fastgen.functional.mmd_kernels import IMQ, RBF
 from fastgen.functional.mmd_median import median_squared_distance
 
 PRIORS = ("normal", "sphere", "uniform")
