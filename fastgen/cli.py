@@ -70,7 +70,7 @@ def train(argv: list[str]) -> None:
     from fastgen import data
 
     parser.add_argument("--config", action="config", help="a YAML file of any of these options")
-    parser.add_argument("--data", type=str, help="mnist5k, digits, a .npy file or a folder of images")
+    parser.add_argument("--data", type=str, help="mnist5k, digits, texture:brick, a .npy file or a folder of images")
     parser.add_argument("--out", type=str, help="the run's folder")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run in --out")
     given = parser.add_class_arguments(chosen, instantiate=False)
