@@ -21,7 +21,12 @@ from typing import Any
 from fastgen.check import UserError
 
 # name on the command line -> module and class
-MODELS = {"glann": ("fastgen.models.glann", "GLANN")}
+MODELS = {
+    "glann": ("fastgen.models.glann", "GLANN"),
+    "deep-frame": ("fastgen.models.frame", "DeepFRAME"),
+    "generative-convnet": ("fastgen.models.frame", "GenerativeConvNet"),
+    "wframe": ("fastgen.models.frame", "WFRAME"),
+}
 
 
 def model_class(name: str) -> Any:
