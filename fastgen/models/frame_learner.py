@@ -22,9 +22,9 @@ class FilterScore(nn.Module):
 
     h_k is the mean over positions of the rectified response max(0, F_k) of filter k, s_k the mean of |F_k| over the
     data, which makes every λ_k a pure number, and D the numbers in an image. Filters are the channels of a frozen
-    trunk's layers and, as the layer "pixels", FRAME's oldest: x, −x and the differences ∂₁x, ∂₂x, ∂₁∂₂x of neighbours,
-    without which a trunk that begins with a stride of 2 leaves the finest frequencies free. A filter to which the data
-    never answers (s_k = 0) is left out.
+    trunk's layers and, as the layer "pixels", FRAME's oldest: ±x − c for c = 0, 1, 2, whose means stand for the
+    histogram, and the differences ∂₁x, ∂₂x, ∂₁∂₂x of neighbours, without which a trunk that begins with a stride of 2
+    leaves the finest frequencies free. A filter that the data never excites is left out.
 
     trunk: None where layers has nothing but "pixels"
     layers: whose maps F are taken
@@ -54,10 +54,11 @@ class FilterScore(nn.Module):
                 size.append(torch.cat([f.abs().mean((2, 3)) for f in maps], 1))
                 mean_response.append(torch.cat([f.relu().mean((2, 3)) for f in maps], 1))
         scale = torch.cat(size).double().mean(0)
-        kept = scale > 0
+        rectified = torch.cat(mean_response).double().mean(0)
+        kept = rectified > 0
         self.register_buffer("kept", kept)
         self.register_buffer("scale", scale[kept].float())
-        self.register_buffer("observed", (torch.cat(mean_response).double().mean(0)[kept] / scale[kept]).float())
+        self.register_buffer("observed", (rectified[kept] / scale[kept]).float())
         self.weight = nn.Parameter(torch.zeros(len(self.scale)))
         every = [name for name, width in zip(self.layers, widths, strict=True) for _ in range(width)]
         self.layer_of = [name for name, keep in zip(every, kept.tolist(), strict=True) if keep]
@@ -76,9 +77,8 @@ class FilterScore(nn.Module):
             right, down = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
             both = right[..., 1:, :] - right[..., :-1, :]
             # Padded to one size: that counts as answers of zero, in the data's means as well.
-            maps[PIXELS] = torch.cat(
-                [x, -x, tf.pad(right, (0, 1)), tf.pad(down, (0, 0, 0, 1)), tf.pad(both, (0, 1, 0, 1))], 1
-            )
+            differences = [tf.pad(right, (0, 1)), tf.pad(down, (0, 0, 0, 1)), tf.pad(both, (0, 1, 0, 1))]
+            maps[PIXELS] = torch.cat([x, -x, x - 1, -x - 1, x - 2, -x - 2, *differences], 1)
         return [maps[layer] for layer in self.layers]
 
     def means(self, x: Tensor) -> Tensor:
