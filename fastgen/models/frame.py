@@ -76,6 +76,7 @@ class _Frame:
         """
         learner = self._learner(images)  # what it lacks is said before the folder is claimed
         run = Run.start(out, {"model": self.name, "data": images.name, "arguments": self.arguments}, resume=resume)
+        self._take(learner, images)  # what a diverging run has recorded can be read
         with run.phase(STAGE):
             run.fit(STAGE, learner, self._loader(images), self.arguments["epochs"], trainer or {})
         run.note_peak("train")
