@@ -25,6 +25,7 @@ from fastgen.check import UserError
 MODELS = {
     "glann": ("fastgen.models.glann", "GLANN"),
     "imle": ("fastgen.models.imle_image", "IMLE"),
+    "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
     "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
 }
 

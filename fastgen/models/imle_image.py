@@ -118,7 +118,7 @@ class PoolIMLE(LightningModule):
 
     def sample(self, ids: Tensor, about: Any) -> Tensor:
         """Images of the samples `ids`; about: what the condition tells of them."""
-        code = codes(ids, self.noise_dim, _key(self.seed, 0))
+        code = codes(ids, self.noise_dim, key(self.seed, 0))
         return self.generator(code if about is None else torch.cat([code, about], 1))
 
     @torch.no_grad()
@@ -214,7 +214,7 @@ class _Points(torch.nn.Module):
         return self.measure.points(images)
 
 
-def _key(seed: int, use: int) -> int:
+def key(seed: int, use: int) -> int:
     """The noise's seed: 0 for the pools of training, 1 for samples drawn afterwards."""
     return 2 * seed + use
 
@@ -368,7 +368,7 @@ class IMLE:
         """`n` images [n, C, H, W] in [0, 1]; the same for the same seed. A conditional model is told the classes in
         turn, or the test images' conditions."""
         assert self.condition is not None, "fit or load first"
-        code = codes(torch.arange(n), self.arguments["noise_dim"], _key(seed, 1))
+        code = codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1))
         return self.decode(code, self.condition.some(n))
 
     def reconstructions(self, images: Any, n: int) -> tuple[Tensor, Tensor]:
@@ -376,13 +376,13 @@ class IMLE:
         assert self.chosen is not None, "fit or load first"
         assert self.condition is not None
         rows = torch.arange(0, len(self.chosen), max(1, len(self.chosen) // n))[:n]
-        code = codes(self.chosen[rows], self.arguments["noise_dim"], _key(self.arguments["seed"], 0))
+        code = codes(self.chosen[rows], self.arguments["noise_dim"], key(self.arguments["seed"], 0))
         return images[rows], self.decode(code, self.condition.of(rows))
 
     def interpolations(self, rows: int, steps: int) -> Tensor:
         """Images [rows · steps, C, H, W] between codes drawn at random, along great circles; one condition a row."""
         assert self.condition is not None, "fit or load first"
-        start, stop = codes(torch.arange(2 * rows), self.arguments["noise_dim"], _key(0, 1)).split(rows)
+        start, stop = codes(torch.arange(2 * rows), self.arguments["noise_dim"], key(0, 1)).split(rows)
         share = torch.linspace(0, torch.pi / 2, steps)[:, None]
         path = start[:, None] * share.cos() + stop[:, None] * share.sin()
         about = self.condition.some(rows)

@@ -1,6 +1,6 @@
 """IMLE's pool of samples: made by number, searched as they come, never stored."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,9 @@ def search_pool(
     In several processes each takes its share of the chunks, and the answer is the same to the bit.
     """
     mine = own_spans(spans(first, count, chunk))
-    keep = _outside(blocks, make, mine, radius, tick) if radius > 0 else [None] * len(mine)
+    keep: Sequence[Tensor | None] = [None] * len(mine)
+    if radius > 0:
+        keep = _outside(blocks, make, mine, radius, tick)
     distance, ids = [], []
     for block in blocks():
         search, taken = StreamingNearest(block), 0
@@ -99,7 +101,7 @@ def _outside(
     return keep
 
 
-def _numbers(mine: list[range], keep: list[Tensor | None], position: Tensor) -> Tensor:
+def _numbers(mine: list[range], keep: Sequence[Tensor | None], position: Tensor) -> Tensor:
     """ids of the samples that were counted through."""
     if all(kept is None for kept in keep):
         return position + mine[0].start

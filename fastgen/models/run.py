@@ -100,6 +100,8 @@ class Run:
             read_checkpoint(file)  # a file cut short is named before Lightning meets it
             found = str(file)
         options = dict(options)
+        if int(os.environ.get("WORLD_SIZE", "1")) > processes.size():
+            raise UserError(f"this model trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         loggers = options.pop("logger", None) or []
         callbacks = options.pop("callbacks", None) or []
         plugins = options.pop("plugins", None) or []
