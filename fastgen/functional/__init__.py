@@ -3,7 +3,7 @@
 from fastgen.functional.langevin import langevin_noise, langevin_step_
 from fastgen.functional.mmd import IMQ, RBF, Polynomial, mmd, wae_mmd
 from fastgen.functional.nearest import Nearest, nearest
-from fastgen.functional.perceptual import feature_distance, laplacian_pyramid_loss, lpips_distance
+from fastgen.functional.perceptual import feature_distance, gram_matrix, laplacian_pyramid_loss, lpips_distance
 
 __all__ = [
     "IMQ",
@@ -11,6 +11,7 @@ __all__ = [
     "Nearest",
     "Polynomial",
     "feature_distance",
+    "gram_matrix",
     "langevin_noise",
     "langevin_step_",
     "laplacian_pyramid_loss",

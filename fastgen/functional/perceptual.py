@@ -175,7 +175,65 @@ def layer_numbers(layer_weight: Any, layers: int) -> list[float]:
     return [check.number(f"layer_weight[{i}]", weight) for i, weight in enumerate(layer_weight)]
 
 
-def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
+class _Gram(torch.autograd.Function):
+    """α f fᵀ of f [N, C, P]. Its gradient is one product, where autograd would take two for the two factors."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(f)
+        ctx.alpha = alpha
+        return torch.baddbmm(f.new_zeros(()), f, f.mT, beta=0, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (f,) = ctx.saved_tensors
+        return torch.baddbmm(f.new_zeros(()), grad + grad.mT, f, beta=0, alpha=ctx.alpha), None
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """f fᵀ / (C H W), how the channels of a feature map go together.
+
+    Args:
+        features: [N, C, H, W], float64, float32, bfloat16 or float16, of any layout.
+
+    Returns: [N, C, C], float32 (float64 for float64).
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Notes: Differentiable, any number of times. Products are summed in float32 for half types and under autocast,
+        already divided: sums of squares of a float16 map do not fit float16. Deterministic wherever matrix products
+        are.
+
+    Source: Johnson et al. 2016, eq. 3.
+    """
+    check.tensor("features", features, ndim=(4,))
+    if 0 in features.shape[1:]:
+        raise ValueError(f"features: expected at least one element a sample, got shape {list(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        f = features.to(reference.wide(features.dtype)).flatten(2)
+        gram: Tensor = _Gram.apply(f, 1.0 / (f.shape[1] * f.shape[2]))
+    return gram
+
+
+LAPLACIAN_KERNELS = ("minimal_glo", "burt_adelson")
+
+
+def _laplacian_kernel(kernel: Any, like: Tensor) -> Tensor:
+    """[k, k] of the dtype and device of `like`."""
+    if isinstance(kernel, Tensor):
+        check.tensor("kernel", kernel, ndim=(2,))
+        if kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
+            raise ValueError(f"kernel: expected [k, k] of an odd k, got {list(kernel.shape)}")
+        return kernel.to(like)
+    if check.choice("kernel", kernel, LAPLACIAN_KERNELS) == "burt_adelson":
+        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=like.dtype, device=like.device) / 16
+        return row[:, None] * row
+    bump = torch.exp(torch.arange(-2, 3, device=like.device, dtype=like.dtype).square() / -4)
+    both = bump[:, None] + bump
+    return both / both.sum()
+
+
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3, kernel: str | Tensor = "minimal_glo") -> Tensor:
     """Σ_j mean |L_j(x) − L_j(y)| over the levels of a Laplacian pyramid and its low-pass rest.
 
     A level is L_j = I_j − k∗I_j and I_{j+1} the 2x2 average of k∗I_j. The pyramid is linear, so one of x − y serves.
@@ -183,16 +241,19 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     Args:
         x, y: images [N, C, H, W], floats of one dtype and device; each side at least 2^levels.
         levels: high-pass levels, beside which the rest counts too; default 3, as minimal_glo trains with.
+        kernel: "minimal_glo" (default), its own 5x5: proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a sum
+            where a Gaussian has the product; "burt_adelson", the product of (1, 4, 6, 4, 1) / 16; or a tensor [k, k], k
+            odd, used as it is and not differentiated.
 
     Returns: [N]; its mean is minimal_glo's LapLoss(max_levels=levels).
 
     Raises: TypeError or ValueError naming the argument.
 
-    Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
-        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j), where g(i) =
-        exp(−(i − 2)² / 4): a sum where a Gaussian has the product. Edges are replicated.
+    Notes: Differentiable in both; at a tie the gradient is 0, second derivatives are 0. A mean a level instead of the
+        paper's sum with weight 2^2j is the same but for the factor 1 / (C·H·W). Edges are replicated.
 
-    Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.
+    Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py; Burt & Adelson
+    1983.
     """
     check.tensor("x", x, ndim=(4,))
     check.tensor("y", y, ndim=(4,))
@@ -202,15 +263,15 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     check.integer("levels", levels, least=1)
     if min(x.shape[2:]) < 2**levels or x.shape[1] == 0:
         raise ValueError(f"x: expected sides of at least 2**levels = {2**levels}, got shape {list(x.shape)}")
-    channels = x.shape[1]
-    bump = torch.exp(torch.arange(-2, 3, device=x.device, dtype=reference.wide(x.dtype)).square() / -4)
-    kernel = bump[:, None] + bump
-    kernel = (kernel / kernel.sum()).expand(channels, 1, 5, 5)
-    current = x.to(kernel.dtype) - y.to(kernel.dtype)
+    channels, dtype = x.shape[1], reference.wide(x.dtype)
+    current = x.to(dtype) - y.to(dtype)
+    blur = _laplacian_kernel(kernel, current.detach())
+    border = [blur.shape[0] // 2] * 4
+    blur = blur.detach().expand(channels, 1, -1, -1)
     total = current.new_zeros(current.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(levels):
-            low = tf.conv2d(tf.pad(current, (2, 2, 2, 2), mode="replicate"), kernel, groups=channels)
+            low = tf.conv2d(tf.pad(current, border, mode="replicate"), blur, groups=channels)
             total = total + (current - low).abs().mean((1, 2, 3))
             current = tf.avg_pool2d(low, 2)
     return total + current.abs().mean((1, 2, 3))

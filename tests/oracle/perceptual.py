@@ -46,18 +46,58 @@ def feature_distance(maps0: list[Tensor], maps1: list[Tensor], distance: str, la
     return total
 
 
-def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int) -> float:
+def gram(f: Tensor) -> Tensor:
+    f = f.double()
+    n, c, h, w = f.shape
+    found = torch.zeros(n, c, c, dtype=torch.float64)
+    for i in range(n):
+        for a in range(c):
+            for b in range(c):
+                found[i, a, b] = (f[i, a] * f[i, b]).sum() / (c * h * w)
+    return found
+
+
+def glann_loss(features: nn.Sequential, x: Tensor, y: Tensor, levels: int, several_scales: bool = False) -> Tensor:
+    """GLANN's official distance as it is written: 2I − 1, gray as three, 28 padded, taps that later ReLUs overwrite."""
+    ids = [2, 7, 12, 21, 30]
+    modules = [nn.ReLU(inplace=True) if isinstance(module, nn.ReLU) else module for module in features]
+
+    def taps(z: Tensor, levels: int) -> list[Tensor]:
+        z, output = z.clone(), []
+        for i in range(ids[:levels][-1] + 1):
+            z = modules[i](z)
+            if i in ids[:levels]:
+                output.append(z)
+        return output
+
+    def distance(a: Tensor, b: Tensor, levels: int) -> Tensor:
+        loss = (a - b).abs().flatten(1).mean(1)
+        for f, g in zip(taps(a, levels), taps(b, levels), strict=True):
+            loss = loss + (f - g).abs().flatten(1).mean(1)
+        return loss
+
+    images = [image.double().expand(-1, 3, -1, -1) for image in (x, y)]
+    if x.shape[2] == 28:
+        images = [tf.pad(image, (2, 2, 2, 2)) for image in images]
+    images = [2 * image - 1 for image in images]
+    loss = distance(*images, levels)
+    if several_scales:
+        loss = loss + distance(*(tf.avg_pool2d(image, 4) for image in images), 4)
+    return loss
+
+
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int, kernel: Tensor | None = None) -> float:
     """minimal_glo's LapLoss: both pyramids, a kernel of summed squared bumps, one scalar."""
     bumps = [
         [math.exp((i - 2) ** 2 / -8.0) ** 2 + math.exp((j - 2) ** 2 / -8.0) ** 2 for i in range(5)] for j in range(5)
     ]
-    kernel = torch.tensor(bumps, dtype=torch.float64)
+    kernel = torch.tensor(bumps, dtype=torch.float64) if kernel is None else kernel.double()
     kernel = (kernel / kernel.sum()).repeat(x.shape[1], 1, 1)[:, None]
 
     def pyramid(image: Tensor) -> list[Tensor]:
         found, current = [], image.double()
         for _ in range(levels):
-            low = tf.conv2d(tf.pad(current, (2, 2, 2, 2), mode="replicate"), kernel, groups=x.shape[1])
+            low = tf.conv2d(tf.pad(current, [len(kernel[0, 0]) // 2] * 4, mode="replicate"), kernel, groups=x.shape[1])
             found.append(current - low)
             current = tf.avg_pool2d(low, 2)
         return [*found, current]
