@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn.perceptual_lpips import LPIPS
 from fastgen.reference import perceptual as reference
@@ -15,21 +16,28 @@ class PerceptualEmbedding(nn.Module):
 
     Args:
         lpips: an `LPIPS` without `spatial`, whose heads are not negative (the published ones are not).
+        dim: None (default) for the embedding itself. A number, at least 64, for a random projection of it to so many
+            dimensions, made as the embedding is and without a matrix (`F.lpips_projection`): squared distances are
+            right in the mean, with a relative standard deviation of at most √(2 / dim) over seeds. Rank candidates by
+            it, then `search.perceptual_nearest(..., sketch=)` ranks those exactly.
+        seed: of the projection, default 0; embeddings of different seeds do not go together.
 
     forward(x, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in [0, 1].
 
-    Returns: [N, E] float32 (float64 for float64 images), E = Σ_l C_l H_l W_l: 31,872 for "alex" at 64x64 pixels.
+    Returns: [N, E] float32 (float64 for float64 images), E = dim or Σ_l C_l H_l W_l: 31,872 for "alex" at 64x64 pixels.
 
     Raises: ValueError for a negative head or a spatial LPIPS; TypeError for another module.
 
     Notes: Differentiable, with gradient 0 at pixels whose channels are all 0. ‖E(x) − E(y)‖² equals lpips(x, y) to 1e-5
         relative in float32.
 
-    Source: Zhang et al. 2018, eq. 1, read as a norm.
+    Source: Zhang et al. 2018, eq. 1, read as a norm; the projection is a CountSketch (Charikar et al. 2002).
     """
 
-    def __init__(self, lpips: LPIPS) -> None:
+    def __init__(self, lpips: LPIPS, *, dim: int | None = None, seed: int = 0) -> None:
         super().__init__()
+        self.dim = None if dim is None else check.integer("dim", dim, least=64, most=2**31 - 1)
+        self.seed = check.integer("seed", seed, least=0, most=2**64 - 1)
         if not isinstance(lpips, LPIPS):
             raise TypeError(f"lpips: expected a fastgen.nn.LPIPS, got {type(lpips).__name__}")
         if lpips.spatial:
@@ -40,6 +48,9 @@ class PerceptualEmbedding(nn.Module):
         self.lpips = lpips
 
     def forward(self, x: Tensor, normalize: bool = False) -> Tensor:
+        if self.dim is not None:
+            maps, weights = self.lpips.features(x, normalize).maps, [w.detach() for w in self.lpips.weights()]
+            return F.lpips_projection(maps, weights, dim=self.dim, seed=self.seed, eps_mode=self.lpips.eps_mode)
         parts = []
         for f, weight in zip(self.lpips.features(x, normalize).maps, self.lpips.weights(), strict=True):
             u = reference.normalise(f, *F.epsilon(self.lpips.eps_mode))[0]

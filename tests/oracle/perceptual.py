@@ -46,6 +46,31 @@ def feature_distance(maps0: list[Tensor], maps1: list[Tensor], distance: str, la
     return total
 
 
+def philox(counter: list[int], seed: int) -> list[int]:
+    """Philox 4x32-10 in Python's integers."""
+    c, key = list(counter), [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [b >> 32 ^ c[1] ^ key[0], b % 2**32, a >> 32 ^ c[3] ^ key[1], a % 2**32]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def projection(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps_mode: str) -> Tensor:
+    """LPIPS's embedding of one layer, coordinate by coordinate into its bucket."""
+    n, channels, h, w = f.shape
+    out = torch.zeros(n, dim, dtype=torch.float64)
+    for i in range(n):
+        for p in range(h * w):
+            u = unit(f[i, :, p // w, p % w].double(), eps_mode)
+            for c in range(channels):
+                words = philox([p // 64, c, layer, 0], seed)
+                sign = -1 if words[p % 64 // 32] >> (p % 32) & 1 else 1
+                bucket = ((words[2] * dim >> 32) + p % 64) % dim
+                out[i, bucket] += sign * float(weight[c] / (h * w)) ** 0.5 * float(u[c])
+    return out
+
+
 def gram(f: Tensor) -> Tensor:
     f = f.double()
     n, c, h, w = f.shape
