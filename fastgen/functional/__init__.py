@@ -6,7 +6,13 @@ from fastgen.functional.mmd_kernels import IMQ, RBF, Energy, Laplacian, Polynomi
 from fastgen.functional.mmd_median import median_squared_distance
 from fastgen.functional.mmd_wae import wae_mmd
 from fastgen.functional.nearest import Nearest, nearest
-from fastgen.functional.perceptual import feature_distance, laplacian_pyramid_loss, lpips_distance
+from fastgen.functional.perceptual import (
+    feature_distance,
+    gram_matrix,
+    laplacian_pyramid_loss,
+    lpips_distance,
+    lpips_projection,
+)
 
 __all__ = [
     "IMQ",
@@ -17,10 +23,12 @@ __all__ = [
     "Polynomial",
     "RationalQuadratic",
     "feature_distance",
+    "gram_matrix",
     "langevin_noise",
     "langevin_step_",
     "laplacian_pyramid_loss",
     "lpips_distance",
+    "lpips_projection",
     "median_squared_distance",
     "mmd",
     "nearest",
