@@ -8,7 +8,13 @@ from fastgen.functional.mmd_median import median_squared_distance
 from fastgen.functional.mmd_permutation import PermutationTest, mmd_permutation_test
 from fastgen.functional.mmd_wae import wae_mmd
 from fastgen.functional.nearest import Nearest, nearest
-from fastgen.functional.perceptual import feature_distance, laplacian_pyramid_loss, lpips_distance
+from fastgen.functional.perceptual import (
+    feature_distance,
+    gram_matrix,
+    laplacian_pyramid_loss,
+    lpips_distance,
+    lpips_projection,
+)
 
 __all__ = [
     "IMQ",
@@ -21,10 +27,12 @@ __all__ = [
     "RationalQuadratic",
     "energy_distance",
     "feature_distance",
+    "gram_matrix",
     "langevin_noise",
     "langevin_step_",
     "laplacian_pyramid_loss",
     "lpips_distance",
+    "lpips_projection",
     "median_squared_distance",
     "mmd",
     "mmd_permutation_test",

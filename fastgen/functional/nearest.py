@@ -36,8 +36,8 @@ def nearest(
             not read and may hold anything.
         exclude_radius: ε > 0, a length: no query may choose a row that lies nearer than ε to any query (that may choose
             it, where `mask` is [N, M]), as RS-IMLE rejects samples: float32 ‖q − b‖² < ε². None (default) rejects none.
-        precision: how candidates are found; the answer is the same. "certified" (default): by products of rounded points,
-            with a proof; "ieee": every pair is measured directly, to check the former by, far slower.
+        precision: how candidates are found; the answer is the same. "certified" (default): by products of rounded
+            points, with a proof; "ieee": every pair is measured directly, to check the former by, far slower.
 
     Returns:
         Nearest(distance [N, k] float32, index [N, k] int64), ascending by (distance, index).

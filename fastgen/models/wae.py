@@ -77,7 +77,7 @@ class WAETraining(LightningModule):
         options = {"kernel": a["kernel"], "prior": a["prior"]}
         penalty = (wae_mmd if a["penalty"] == "fused" else eager_penalty)(code, drawn, **options)
         loss = a["reconstruction_weight"] * error + a["penalty_weight"] * penalty
-        log = {"on_step": False, "on_epoch": True, "batch_size": len(rows)}
+        log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(rows)}
         self.log("loss", loss.detach(), prog_bar=True, **log)
         self.log("reconstruction", error.detach(), **log)
         self.log("penalty", penalty.detach(), prog_bar=True, **log)
