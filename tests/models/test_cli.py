@@ -88,7 +88,7 @@ def test_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["fly"], "expected one of train, sample, evaluate, info, got 'fly'"),
+        (["fly"], "expected one of train, sample, evaluate, compare, info, got 'fly'"),
         (["train"], "expected a model first, one of glann"),
         (["train", "gan"], "expected one of glann, got 'gan'"),
         (["train", "glann"], "expected --data"),
