@@ -84,8 +84,8 @@ struct Pairs {
     static constexpr int lanes = Lanes<T>::count;
     static constexpr int strip = strip_rows;
     static constexpr int panel = 2 * lanes;
-    static constexpr int group = 32;     // rows whose slopes are kept before the gradients' products
     static constexpr int largest = 128;  // rows of a tile
+    static constexpr int kept = 4096;    // slopes, of as many whole rows, before the gradients' products
     static constexpr Metric metric = Kernel::metric;
     static constexpr T no_pair = metric == direct ? far<T> : -far<T>;  // what a sweep's sum is for a pair that is none
 
@@ -99,9 +99,10 @@ struct Pairs {
     double coefficient[3], pull[3], unit;   // of XX, YY, XY: in the value, and in the gradient relative to one of them
 
     static int64_t tile_rows(int64_t points, int64_t d) {
-        // Two tiles, their panels and their gradients stay in the second-level cache; few points still make many tasks.
-        if (d > 256 || points <= 256) return 32;
-        return d > 128 || points <= 1024 ? 64 : 128;
+        // Large tiles are fetched less often for each pair; a panel of columns stays in the second-level cache, and few
+        // points still make many tasks.
+        if (points <= 256) return 32;
+        return points <= 1024 || d > 2048 ? 64 : 128;
     }
 
     Pairs(const MmdArguments<T>& arguments_)
@@ -226,7 +227,7 @@ struct Pairs {
                     }
                     total += k;
                     if constexpr (slope) {
-                        *(V*)(w + r * largest + j + v * lanes) = weight;
+                        *(V*)(w + r * tile + j + v * lanes) = weight;
                         row_slopes[r] += weight;
                         column_slopes[j / lanes + v] += weight;
                     }
@@ -253,17 +254,18 @@ struct Pairs {
             for (int64_t i = 0; i < count_a; i += strip)
                 total += sweep<false, weighing>(a, b, i, columns, diagonal, nullptr, nullptr, pulled);
         } else {
-            alignas(64) T w[group * largest];
+            alignas(64) T w[kept];
+            const int64_t group = std::min(tile, kept / tile);
             V column_slopes[largest / lanes] = {};
             for (int64_t i = 0; i < count_a; i += group) {
                 const int64_t filled = (std::min<int64_t>(group, count_a - i) + strip - 1) / strip * strip;
                 for (int64_t r = 0; r < filled; r += strip)
-                    total += sweep<true, weighing>(a, b, i + r, columns, diagonal, w + r * largest, column_slopes, pulled);
+                    total += sweep<true, weighing>(a, b, i + r, columns, diagonal, w + r * tile, column_slopes, pulled);
                 T* ga = gradient.data + (a * tile + i) * stride;
-                gather<T>(w, largest, 1, filled, columns, rows.data + b * tile * stride, ga, stride, pulled);
+                gather<T>(w, tile, 1, filled, columns, rows.data + b * tile * stride, ga, stride, pulled);
                 if (for_b) {
                     T* gb = gradient.data + b * tile * stride;
-                    gather<T>(w, 1, largest, columns, filled, rows.data + (a * tile + i) * stride, gb, stride, pulled);
+                    gather<T>(w, 1, tile, columns, filled, rows.data + (a * tile + i) * stride, gb, stride, pulled);
                 }
             }
             if (for_b)

@@ -75,7 +75,7 @@ def _cpp(x: Tensor, y: Tensor, sides: int, options: reference.Options) -> tuple[
     outputs = [torch.empty(batch, dtype=dtype)]
     outputs += [torch.empty_like(points) for points in (x, y)[:sides]]
     weights = options.x_weight, options.y_weight
-    extra = (_NONE, _NONE, _NONE)
+    extra: tuple[tuple[int, bool], ...] = (_NONE, _NONE, _NONE)
     kept = []  # what the addresses point to
     if options.coefficients is not None or weights != (None, None):
         if weights != (None, None):
