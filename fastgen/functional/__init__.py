@@ -1,8 +1,10 @@
 """The public functions: conventions, validation, differentiation."""
 
 from fastgen.functional.langevin import langevin_noise, langevin_step_
-from fastgen.functional.mmd import mmd, wae_mmd
+from fastgen.functional.mmd import mmd
 from fastgen.functional.mmd_kernels import IMQ, RBF, Energy, Laplacian, Polynomial, RationalQuadratic
+from fastgen.functional.mmd_median import median_squared_distance
+from fastgen.functional.mmd_wae import wae_mmd
 from fastgen.functional.nearest import Nearest, nearest
 from fastgen.functional.perceptual import feature_distance, laplacian_pyramid_loss, lpips_distance
 
@@ -19,6 +21,7 @@ __all__ = [
     "langevin_step_",
     "laplacian_pyramid_loss",
     "lpips_distance",
+    "median_squared_distance",
     "mmd",
     "nearest",
     "wae_mmd",

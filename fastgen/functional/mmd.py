@@ -28,12 +28,10 @@ __all__ = [
     "RationalQuadratic",
     "mmd",
     "resolve",
-    "wae_mmd",
 ]
 
 ESTIMATORS = ("unbiased", "biased", "u_statistic")
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
-PRIORS = ("normal", "sphere", "uniform")
 
 # kind, parameters, estimator, precision, x_weight, y_weight, coefficients, terms: what the ops take after the points
 Options = tuple[Any, ...]
@@ -272,53 +270,3 @@ def mmd(
             check_weight(name, weight, points_name, points)
     p, q, coefficients = weighted(x, y, x_weight, y_weight, estimator)
     return evaluate(x, y, (kind, parameters, estimator, precision, p, q, coefficients, ops.ALL))
-
-
-def wae_mmd(
-    sample_qz: Tensor,
-    sample_pz: Tensor,
-    *,
-    kernel: str = "imq",
-    prior: str = "normal",
-    prior_scale: float = 1.0,
-    convention: str = "tolstikhin",
-) -> Tensor:
-    """The MMD penalty of Wasserstein auto-encoders, Σ_{i≠j}(k_qq + k_pp)/(n² − n) − 2 Σ k_qp / n².
-
-    The kernel is Σ_s s·C/(s·C + d²), s ∈ {.1, .2, .5, 1, 2, 5, 10}, with C = 2·D·prior_scale² for the normal prior,
-    2 on the sphere and D for the uniform one.
-
-    Args:
-        sample_qz: [n, D], codes; any dtype that `mmd` takes.
-        sample_pz: [n, D], as many draws from the prior.
-        kernel: "imq"; the paper's "rbf", whose bandwidth is a median of the batch, is not built yet.
-        prior: "normal", "sphere" or "uniform".
-        prior_scale: standard deviation of the normal prior; only "normal" uses it.
-        convention: "tolstikhin", the authors' code; the variants of popular ports are not built yet.
-
-    Returns:
-        The penalty, [], before the factor λ; it may be negative.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: as `mmd`; different numbers of codes and draws.
-
-    Notes:
-        Deterministic and once differentiable, as `mmd`.
-
-    Source: `mmd_penalty` in wae.py of github.com/tolstikhin/wae; Tolstikhin et al. (2018), algorithm 2.
-    """
-    check.tensor("sample_qz", sample_qz, ndim=(2,))
-    check.tensor("sample_pz", sample_pz, ndim=(2,))
-    if sample_qz.shape != sample_pz.shape:
-        raise ValueError(f"sample_pz: expected sample_qz's shape {list(sample_qz.shape)}, got {list(sample_pz.shape)}")
-    check.choice("prior", prior, PRIORS)
-    check.number("prior_scale", prior_scale, above=0)
-    if check.choice("kernel", kernel, ("imq", "rbf")) == "rbf":
-        check.not_built("kernel", kernel, "'imq'")
-    if convention != "tolstikhin":
-        check.not_built("convention", convention, "'tolstikhin'")
-    d = sample_qz.shape[-1]
-    base = {"normal": 2.0 * d * prior_scale**2, "sphere": 2.0, "uniform": float(d)}[prior]
-    if base <= 0:
-        raise ValueError(f"sample_qz: expected at least 1 coordinate, got shape {list(sample_qz.shape)}")
-    return mmd(sample_qz, sample_pz, kernel=IMQ(base=base))
