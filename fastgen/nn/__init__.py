@@ -1,6 +1,7 @@
 """Drop-in `torch.nn` modules over `fastgen.functional`."""
 
-from fastgen.nn.langevin import LangevinSampler
+from fastgen.nn.langevin import Divergence, LangevinRun, LangevinSampler
+from fastgen.nn.langevin_replay import ReplayBuffer
 from fastgen.nn.mmd import MMDLoss
 from fastgen.nn.perceptual import Features, GLANNLoss, PerceptualLoss
 from fastgen.nn.perceptual_embedding import PerceptualEmbedding
@@ -9,12 +10,15 @@ from fastgen.nn.trunks import Trunk, trunk
 
 __all__ = [
     "LPIPS",
+    "Divergence",
     "Features",
     "GLANNLoss",
+    "LangevinRun",
     "LangevinSampler",
     "MMDLoss",
     "PerceptualEmbedding",
     "PerceptualLoss",
+    "ReplayBuffer",
     "Trunk",
     "trunk",
 ]
