@@ -158,15 +158,18 @@ def mmd_specs() -> list[Spec]:
     return specs
 
 
-def langevin(elements: int) -> tuple[int, bool]:
+def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
     """(groups of four elements in a program, whether a program stays within one chain), four warps each.
 
     Long chains are cut into blocks of which at most an eighth may lie beyond the chain's end; else programs run over
-    the chains' groups one after the other, at the price of a division for each group."""
+    the chains' groups one after the other, at the price of a division for each group. `whole`: within one chain always,
+    for sums over it."""
     for groups in (512, 256, 128):
         padded = -(-elements // (4 * groups)) * 4 * groups
         if padded * 8 <= elements * 9:
             return groups, True
+    if whole:
+        return max(32, min(256, 1 << (-(-elements // 4) - 1).bit_length())), True
     return 256, False
 
 
@@ -196,8 +199,8 @@ def lpips_blocks(channels: int) -> dict[str, int]:
 def lpips_layer(
     f0: Tensor, f1: Tensor, weight: Tensor, eps: float, inside: bool, last: bool, grad: Tensor | None, sides: int
 ) -> tuple[Tensor, ...]:
-    """The value [N] in float32, or (with grad [N]) the gradients of the first `sides` maps; both dense and of one layout,
-    `last` saying that it is channels_last."""
+    """The value [N] in float32, or (with grad [N]) the gradients of the first `sides` maps; both dense, of one layout:
+    `last` says channels_last."""
     from fastgen.kernels import perceptual as kernels
 
     n, channels, pixels = f0.shape[0], f0.shape[1], f0.shape[2] * f0.shape[3]
@@ -239,3 +242,10 @@ def feature_distance(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None)
                 f0, f1, grad, out, size, SQUARED=squared, BLOCK=FEATURE_BLOCK, **kernels.OPTIONS
             )
     return out if grad is not None else (out.sum(1, dtype=torch.float64) / max(size, 1)).to(torch.float32)
+
+
+def langevin_accept(elements: int) -> tuple[int, bool, int]:
+    """(groups of four elements in a program, whether a chain fits it, warps)."""
+    of_chain = -(-elements // 4)
+    groups = max(32, min(512, 1 << (of_chain - 1).bit_length()))
+    return groups, of_chain <= groups, max(1, groups // 128)

@@ -124,11 +124,8 @@ def _feature_kernel(
         tl.store(out_ptr + tl.program_id(0), tl.sum(d, 0))
     else:
         each = tl.load(grad_ptr + n) / size
-        if SQUARED:
-            d = d * 2.0
-        else:
-            d = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # 0 at a tie, NaN at NaN
-        tl.store(out_ptr + base + at, (d * each).to(out_ptr.dtype.element_ty), mask=mask)
+        slope = d * 2.0 if SQUARED else tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # 0 at a tie, NaN at NaN
+        tl.store(out_ptr + base + at, (slope * each).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def aot_specs() -> list[Spec]:
