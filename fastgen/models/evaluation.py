@@ -42,11 +42,12 @@ class _Real:
 
 
 def figures(samples: Tensor, reference: Tensor, classifier: Classifier) -> dict[str, float]:
-    """kid, precision, recall, density, coverage, confident, rarest_class of `samples` against test features."""
+    """The figures of `samples` against test features, as `report.FIGURES` names them."""
     features = classifier.features(samples)
     return {
         "kid": metrics.kid(reference, features),
         **metrics.manifold(reference, features)._asdict(),
+        "two_sample": metrics.two_sample(reference, features).accuracy,
         **metrics.certainty(classifier.logits(samples))._asdict(),
     }
 

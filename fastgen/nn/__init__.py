@@ -2,6 +2,7 @@
 
 from fastgen.nn.langevin import LangevinSampler
 from fastgen.nn.mmd import MMDLoss
+from fastgen.nn.nearest import Quantized, VectorQuantizer
 from fastgen.nn.perceptual import LPIPS, Features, PerceptualEmbedding, PerceptualLoss
 from fastgen.nn.trunks import Trunk, trunk
 
@@ -12,6 +13,8 @@ __all__ = [
     "MMDLoss",
     "PerceptualEmbedding",
     "PerceptualLoss",
+    "Quantized",
     "Trunk",
+    "VectorQuantizer",
     "trunk",
 ]
