@@ -24,6 +24,7 @@ from fastgen.check import UserError
 # name on the command line -> module and class
 MODELS = {
     "glann": ("fastgen.models.glann", "GLANN"),
+    "glo": ("fastgen.models.glo_model", "GLOModel"),
     "imle": ("fastgen.models.imle_image", "IMLE"),
     "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
     "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
