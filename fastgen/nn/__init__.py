@@ -3,6 +3,7 @@
 from fastgen.nn.langevin import Divergence, LangevinRun, LangevinSampler
 from fastgen.nn.langevin_replay import ReplayBuffer
 from fastgen.nn.mmd import MMDLoss
+from fastgen.nn.nearest import Quantized, VectorQuantizer
 from fastgen.nn.perceptual import Features, GLANNLoss, PerceptualLoss
 from fastgen.nn.perceptual_embedding import PerceptualEmbedding
 from fastgen.nn.perceptual_lpips import LPIPS
@@ -18,7 +19,9 @@ __all__ = [
     "MMDLoss",
     "PerceptualEmbedding",
     "PerceptualLoss",
+    "Quantized",
     "ReplayBuffer",
     "Trunk",
+    "VectorQuantizer",
     "trunk",
 ]

@@ -38,7 +38,7 @@ def test_train_evaluate_sample(run: Path, tmp_path: Path, capsys: pytest.Capture
     (run / "benchmark.json").write_text(json.dumps({"rows": rows, "machine": machine}))
     assert main(["evaluate", str(run)]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    keys = {"kid", "precision", "recall", "density", "coverage", "confident", "rarest_class"}
+    keys = {"kid", "precision", "recall", "density", "coverage", "two_sample", "confident", "rarest_class"}
     for who in ("real", "gaussian", "glann"):
         assert set(metrics[who]) == keys | {"spread"}
         for key in keys:
