@@ -195,8 +195,8 @@ def expected_seconds(work: Work, provider: str, earlier: list[Row]) -> float:
     if not known:
         return 0.0
     row = min(known, key=lambda pair: pair[0])[1]
-    took = float(row.get("seconds", row.get("expected_seconds", 0.0)))
-    return took * size / float(row["operations"] or row["moved"])
+    took = row["seconds"] if "seconds" in row else row["expected_seconds"]
+    return float(took) * size / float(row["operations"] or row["moved"])
 
 
 @dataclass

@@ -401,6 +401,8 @@ def _step_work(batch: int, pixels: int) -> Work:
             "eager": _step_eager,
         },
         oracle=_step_oracle,
+        series="perceptual step, EfficientNet-lite0",
+        size={"N": batch * pixels**2},
         tolerance=1e-3,  # of the L1 gradient: a sign turns where two maps nearly meet
     )
 

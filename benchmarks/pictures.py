@@ -74,7 +74,8 @@ def speedups(rows: list[Row], file: Path) -> bool:
     plt = _pyplot()
     height = sum(len(peers) + 1.3 for *_, peers in bars)
     figure, axis = plt.subplots(figsize=(10, 0.17 * height + 1.4), layout="constrained")
-    y, ticks, labels, seen = 0.0, [], [], {}
+    y, ticks, labels = 0.0, [], []
+    seen: dict[str, Any] = {}
     for family, work, own, peers in bars:
         ticks.append(y + (len(peers) - 1) / 2)
         labels.append(f"{family}: {work}\nfastgen {seconds_text(own)}")
