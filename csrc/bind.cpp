@@ -5,6 +5,7 @@
 
 void bind_langevin(pybind11::module_& m);
 void bind_mmd(pybind11::module_& m);
+void bind_mmd_median(pybind11::module_& m);
 void bind_nearest(pybind11::module_& m);
 void bind_perceptual(pybind11::module_& m);
 
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &fastgen::set_isa, "Choose a lesser instruction set (tests).");
     bind_langevin(m);
     bind_mmd(m);
+    bind_mmd_median(m);
     bind_nearest(m);
     bind_perceptual(m);
 }

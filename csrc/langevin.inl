@@ -96,19 +96,66 @@ static inline Real drift(Real x, Real g, const Scalars<Real>& k) {
     return PRIOR ? g + x * k.precision : g;
 }
 
-template <bool PRIOR, bool NOISE, class T, class Real>
-static void update(T* __restrict x, const T* grad, const float* __restrict noise, int64_t count, Scalars<Real> k) {
+// What a block adds to its chain's statistics: Σ grad², elements that a clamp moved, elements not finite.
+struct Tally {
+    double squares;
+    int64_t clamped, wrong;
+};
+
+template <bool PRIOR, bool NOISE, bool STATS, class T, class Real>
+static void update(T* __restrict x, const T* grad, const float* __restrict noise, int64_t count, Scalars<Real> k,
+                   Tally* tally) {
+    using Count = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+    Count clamped = 0, wrong = 0;
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
         const Real before = load(x[i]);
-        Real y = bound(before - k.step_size * drift<PRIOR>(before, Real(load(grad[i])), k), k.first_low, k.first_high);
+        const Real moved = before - k.step_size * drift<PRIOR>(before, Real(load(grad[i])), k);
+        Real y = bound(moved, k.first_low, k.first_high);
         if (NOISE) y = y + k.noise_scale * Real(noise[i]);
-        store(x[i], bound(y, k.low, k.high));
+        T out;
+        store(out, bound(y, k.low, k.high));
+        if (STATS) {
+            clamped += (moved < k.first_low) | (moved > k.first_high) | (y < k.low) | (y > k.high);
+            Real zero = (moved - moved) + (y - y);  // else NaN
+            if (sizeof(T) == 2) zero = zero + (Real(load(out)) - Real(load(out)));  // may overflow where y does not
+            wrong += !(zero == 0);
+        }
+        x[i] = out;
     }
+    if (STATS) tally->clamped = clamped, tally->wrong = wrong;
+}
+
+// Sums in SUMS lanes, whatever the instruction set: the same bits from each.
+constexpr int SUMS = 32;
+
+static double total(const double (&lane)[SUMS]) {
+    double sum[SUMS];
+    std::memcpy(sum, lane, sizeof sum);
+    for (int half = SUMS / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
+    return sum[0];
+}
+
+template <class T>
+static double squares(const T* grad, int64_t count) {
+    double lane[SUMS] = {};
+    int64_t i = 0;
+    for (; i + SUMS <= count; i += SUMS)
+        for (int j = 0; j < SUMS; ++j) {
+            const double g = load(grad[i + j]);
+            lane[j] += g * g;
+        }
+    for (int j = 0; i + j < count; ++j) {
+        const double g = load(grad[i + j]);
+        lane[j] += g * g;
+    }
+    return total(lane);
 }
 
 template <class T, class Real>
-static void block(const LangevinStep& s, int64_t offset, int64_t count, const float* noise, const Scalars<Real>& k) {
+static void block(const LangevinStep& s, int64_t offset, int64_t count, const float* noise, const Scalars<Real>& k,
+                  Tally* tally) {
     T* x = static_cast<T*>(s.x) + offset;
     if (s.grad == nullptr) {
         for (int64_t i = 0; i < count; ++i) store(x[i], Real(noise[i]));
@@ -123,30 +170,32 @@ static void block(const LangevinStep& s, int64_t offset, int64_t count, const fl
             store(out[i], before - k.lookahead * (prior ? drift<true>(before, g, k) : drift<false>(before, g, k)));
         }
     }
-    if (prior)
-        noise ? update<true, true>(x, grad, noise, count, k) : update<true, false>(x, grad, noise, count, k);
+    if (tally != nullptr) {
+        tally->squares = squares(grad, count);
+        if (prior)
+            noise ? update<true, true, true>(x, grad, noise, count, k, tally)
+                  : update<true, false, true>(x, grad, noise, count, k, tally);
+        else
+            noise ? update<false, true, true>(x, grad, noise, count, k, tally)
+                  : update<false, false, true>(x, grad, noise, count, k, tally);
+    } else if (prior)
+        noise ? update<true, true, false>(x, grad, noise, count, k, tally)
+              : update<true, false, false>(x, grad, noise, count, k, tally);
     else
-        noise ? update<false, true>(x, grad, noise, count, k) : update<false, false>(x, grad, noise, count, k);
+        noise ? update<false, true, false>(x, grad, noise, count, k, tally)
+              : update<false, false, false>(x, grad, noise, count, k, tally);
 }
 
-template <class T, class Real>
-static void run(const LangevinStep& s) {
-    constexpr Real inf = std::numeric_limits<Real>::infinity();
-    const Scalars<Real> scalars{Real(s.step_size), Real(s.noise_scale), Real(s.precision), Real(s.grad_clip), Real(s.low),
-                                Real(s.high), s.noise_first ? Real(s.low) : -inf, s.noise_first ? Real(s.high) : inf,
-                                Real(s.lookahead_size)};
+// Long chains are cut into blocks; short ones are put together, so that the lanes of a batch are full.
+static bool is_cut(const LangevinStep& s) { return s.elements >= BLOCK / 4; }
+static int64_t pieces_of(const LangevinStep& s) { return is_cut(s) ? (s.elements + BLOCK - 1) / BLOCK : 1; }
+
+// body(first chain, chains, piece, offset within the chain, elements of each chain, noise or null)
+template <class Body>
+static void partition(const LangevinStep& s, bool noisy, const Body& body) {
     const Keys keys(s.seed);
-    const bool noisy = s.grad == nullptr || s.noise_scales != nullptr || s.noise_scale != 0;
-    const auto of_chain = [&](int64_t chain) {
-        Scalars<Real> k = scalars;
-        if (s.step_sizes) k.step_size = static_cast<const Real*>(s.step_sizes)[chain];
-        if (s.noise_scales) k.noise_scale = static_cast<const Real*>(s.noise_scales)[chain];
-        return k;
-    };
-    // Long chains are cut into blocks; short ones are put together, so that the lanes of a batch are full.
-    const bool cut = s.elements >= BLOCK / 4;
-    const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4);
-    const int64_t pieces = cut ? (s.elements + BLOCK - 1) / BLOCK : 1;
+    const bool cut = is_cut(s);
+    const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4), pieces = pieces_of(s);
     const int64_t tasks = (s.chains + together - 1) / together * pieces;
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 32768)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -155,16 +204,47 @@ static void run(const LangevinStep& s) {
             const int64_t chain = task / pieces, first = task % pieces * BLOCK;
             const int64_t count = std::min(BLOCK, s.elements - first);
             if (noisy) fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys);
-            block<T>(s, chain * s.elements + first, count, noisy ? noise : nullptr, of_chain(chain));
-            continue;
+            body(chain, 1, task % pieces, first, count, noisy ? noise : nullptr);
+        } else {
+            const int64_t chain = task * together, chains = std::min(together, s.chains - chain);
+            if (noisy) fill_chains(noise, s, chain, chains, keys);
+            body(chain, chains, 0, 0, s.elements, noisy ? noise : nullptr);
         }
-        const int64_t chain = task * together, chains = std::min(together, s.chains - chain);
-        if (noisy) fill_chains(noise, s, chain, chains, keys);
-        const bool apart = s.step_sizes || s.noise_scales;  // chains that differ in their scalars
-        for (int64_t c = 0; c < (apart ? chains : 1); ++c)
-            block<T>(s, (chain + c) * s.elements, apart ? s.elements : chains * s.elements,
-                     noisy ? noise + c * s.elements : nullptr, of_chain(chain + c));
     }
+}
+
+template <class T, class Real>
+static void run(const LangevinStep& s) {
+    constexpr Real inf = std::numeric_limits<Real>::infinity();
+    const Scalars<Real> scalars{Real(s.step_size), Real(s.noise_scale), Real(s.precision), Real(s.grad_clip), Real(s.low),
+                                Real(s.high), s.noise_first ? Real(s.low) : -inf, s.noise_first ? Real(s.high) : inf,
+                                Real(s.lookahead_size)};
+    const auto of_chain = [&](int64_t chain) {
+        Scalars<Real> k = scalars;
+        if (s.step_sizes) k.step_size = static_cast<const Real*>(s.step_sizes)[chain];
+        if (s.noise_scales) k.noise_scale = static_cast<const Real*>(s.noise_scales)[chain];
+        return k;
+    };
+    const int64_t pieces = pieces_of(s);
+    Tally* tallies = s.stats ? static_cast<Tally*>(std::malloc(s.chains * pieces * sizeof(Tally))) : nullptr;
+    const bool apart = s.step_sizes || s.noise_scales || s.stats;  // chains that cannot go through as one
+    const bool noisy = s.grad == nullptr || s.noise_scales != nullptr || s.noise_scale != 0;
+    partition(s, noisy, [&](int64_t chain, int64_t chains, int64_t piece, int64_t first, int64_t count, const float* noise) {
+        for (int64_t c = 0; c < (apart ? chains : 1); ++c)
+            block<T>(s, (chain + c) * s.elements + first, apart ? count : chains * count,
+                     noise ? noise + c * count : nullptr, of_chain(chain + c),
+                     tallies ? tallies + (chain + c) * pieces + piece : nullptr);
+    });
+    for (int64_t chain = 0; tallies && chain < s.chains; ++chain) {
+        Tally sum{};
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const Tally& t = tallies[chain * pieces + piece];
+            sum.squares += t.squares, sum.clamped += t.clamped, sum.wrong += t.wrong;
+        }
+        double* out = s.stats + 3 * chain;
+        out[0] = std::sqrt(sum.squares), out[1] = double(sum.clamped), out[2] = double(sum.wrong);
+    }
+    std::free(tallies);
 }
 
 void langevin(const LangevinStep& s) {
@@ -189,3 +269,5 @@ void philox_words(const uint32_t* counter, int64_t count, uint64_t seed, uint32_
             for (int j = 0; j < 4; ++j) words[4 * (i + lane) + j] = c[0][j][lane];
     }
 }
+
+#include "langevin_accept.inl"

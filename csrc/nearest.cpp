@@ -10,6 +10,9 @@
 // Once the direct distance of k candidates is known, it gives a limit too. A list that fills up is measured and emptied,
 // so ties without number cost time, never memory or correctness. One scale would serve badly where some norms are far
 // above the others: rows and queries go in buckets of norm, each pair of buckets with scales of its own.
+//
+// A rejection radius sets a second limit, `near`: rows with keys at or below it may lie within the radius, so that all of
+// them are measured whatever the first limit says, and none of them lowers it before it is measured.
 #include "nearest.h"
 
 #include <algorithm>
@@ -107,7 +110,7 @@ struct Group {
     const int64_t* query_rows = nullptr;
     const Database* database = nullptr;
     int64_t size = 0, capacity;
-    Aligned<int32_t> packed, limit;
+    Aligned<int32_t> packed, limit, near;
     Aligned<double> error, unit, norm;  // E, 2st and ‖q'‖² of each query
     Aligned<int64_t> count;
     Aligned<Candidate> list;
@@ -115,8 +118,8 @@ struct Group {
     int64_t* measured;  // how many of its k each query has, indexed by query
 
     Group(const NearestProblem& problem, int64_t rows, int64_t pairs, int64_t* measured)
-        : problem(problem), capacity(std::max<int64_t>(64, 4 * problem.k)), packed(rows * pairs), limit(rows), error(rows),
-          unit(rows), norm(rows), count(rows), list(rows * capacity), line(2 * pairs), measured(measured) {
+        : problem(problem), capacity(std::max<int64_t>(64, 4 * problem.k)), packed(rows * pairs), limit(rows), near(rows),
+          error(rows), unit(rows), norm(rows), count(rows), list(rows * capacity), line(2 * pairs), measured(measured) {
         std::fill(packed + 0, packed + rows * pairs, 0);
     }
 
@@ -127,25 +130,28 @@ struct Group {
         if (problem.k == 1) {
             int32_t best = std::numeric_limits<int32_t>::max();
             for (int64_t c = 0; c < columns; ++c)
-                if (keys[c] < best && (!mask || mask[rows[c]])) best = keys[c];
+                if (keys[c] < best && keys[c] > near[slot] && (!mask || mask[rows[c]])) best = keys[c];
             lower(slot, best + 2 * error[slot]);
         }
         for (int64_t c = 0; c < columns; ++c) {
             if (keys[c] > limit[slot] || (mask && !mask[rows[c]])) continue;
+            // A row that is rejected already is no answer; it has not lowered the limit either.
+            if (keys[c] <= near[slot] && __atomic_load_n(problem.rejected + rows[c], __ATOMIC_RELAXED)) continue;
             if (count[slot] == capacity) prune(slot);
             list[slot * capacity + count[slot]++] = {keys[c], rows[c]};
         }
     }
 
     void lower(int64_t slot, double key) {
-        if (key < limit[slot]) limit[slot] = int32_t(std::ceil(std::max(key, double(NEVER))));
+        if (key < limit[slot]) limit[slot] = std::max(near[slot], int32_t(std::ceil(std::max(key, double(NEVER)))));
     }
 
     void prune(int64_t slot) {
         Candidate *begin = list + slot * capacity, *end = begin + count[slot];
-        if (count[slot] >= problem.k) {
-            Candidate* last = begin + problem.k - 1;
-            std::nth_element(begin, last, end, [](const Candidate& a, const Candidate& b) { return a.key < b.key; });
+        Candidate* far = std::partition(begin, end, [&](const Candidate& one) { return one.key <= near[slot]; });
+        if (end - far >= problem.k) {
+            Candidate* last = far + problem.k - 1;
+            std::nth_element(far, last, end, [](const Candidate& a, const Candidate& b) { return a.key < b.key; });
             lower(slot, last->key + 2 * error[slot]);
         }
         end = std::remove_if(begin, end, [&](const Candidate& one) { return one.key > limit[slot]; });
@@ -166,6 +172,10 @@ struct Group {
             const Candidate& one = list[slot * capacity + i];
             if (one.key > limit[slot]) continue;
             const float found = direct(q, b + one.row * d, d);
+            if (problem.rejected && found < problem.reach) {
+                __atomic_store_n(problem.rejected + one.row, 1, __ATOMIC_RELAXED);
+                continue;
+            }
             auto after = [&](int64_t j) { return found < distance[j] || (found == distance[j] && one.row < index[j]); };
             if (have == k && !after(k - 1)) continue;
             int64_t j = have < k ? have++ : k - 1;
@@ -284,6 +294,35 @@ std::vector<T> about_the_mean(const T* database, const std::vector<int64_t>& all
     return centre;
 }
 
+NearestStatus within_float32(const NearestProblem& problem) {
+    for (int64_t i = 0; i < problem.n * problem.k; ++i)
+        if (!std::isfinite(problem.distance[i])) return {NearestStatus::overflow, 0};
+    return {NearestStatus::ok, 0};
+}
+
+template <class T>
+NearestStatus every_pair(const NearestProblem& problem, const std::vector<int64_t>& allowed, int threads) {
+    std::vector<int64_t> measured(problem.n, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        Group group(problem, 1, 0, measured.data());
+        group.limit[0] = ALWAYS, group.near[0] = NEVER, group.count[0] = 0;
+        group.norm[0] = 0, group.unit[0] = 1, group.error[0] = std::numeric_limits<double>::infinity();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < problem.n; ++i) {
+            group.query_rows = &i;
+            const uint8_t* mask = problem.mask_stride ? problem.mask + i * problem.mask_stride : nullptr;
+            for (const int64_t row : allowed) {
+                if (mask && !mask[row]) continue;
+                if (group.count[0] == group.capacity) group.measure(0);
+                group.list[group.count[0]++] = {NEVER, row};
+            }
+            group.measure(0);
+        }
+    }
+    return within_float32(problem);
+}
+
 template <class T>
 NearestStatus run(const NearestProblem& problem) {
     const int64_t n = problem.n, m = problem.m, d = problem.d, pairs = (d + 1) / 2;
@@ -332,6 +371,7 @@ NearestStatus run(const NearestProblem& problem) {
     if (const int64_t row = refuse(norm, database, allowed.data()); row >= 0) return {NearestStatus::database_not_finite, row};
     if (overflow) return {NearestStatus::overflow, 0};
 
+    if (problem.every_pair) return every_pair<T>(problem, allowed, threads);
     const Buckets buckets(norm, eight_medians(norm));
     const Buckets query_buckets(query_norm, eight_medians(query_norm));
     std::vector<int64_t> measured(n, 0);
@@ -386,6 +426,7 @@ NearestStatus run(const NearestProblem& problem) {
                 for (int64_t slot = 0; slot < group.size; ++slot) {
                     group.count[slot] = 0;
                     group.limit[slot] = slot < live ? ALWAYS : NEVER;
+                    group.near[slot] = NEVER;
                     if (slot >= live) continue;  // its integers are zero or another query's: no key is at or below NEVER
                     const int64_t row = asked[first + slot];
                     const double length = std::sqrt(query_norm[row]);
@@ -395,6 +436,10 @@ NearestStatus run(const NearestProblem& problem) {
                     group.unit[slot] = unit;
                     group.error[slot] = lost * (radius / scale + loss) + length / query_scale * loss + 2 +
                                         (0x1p-20 * (length + radius) * (length + radius) + 0x1p-148) / unit;
+                    if (problem.rejected) {
+                        const double key = (problem.reach - query_norm[row]) / unit + group.error[slot];
+                        group.near[slot] = int32_t(std::ceil(std::min(std::max(key, double(NEVER)), double(ALWAYS))));
+                    }
                     group.limit_by_measured(slot);
                 }
                 kernel.filter(group, bucket);
@@ -405,9 +450,7 @@ NearestStatus run(const NearestProblem& problem) {
             }
         }
     }
-    for (int64_t i = 0; i < n * problem.k; ++i)
-        if (!std::isfinite(problem.distance[i])) return {NearestStatus::overflow, 0};
-    return {NearestStatus::ok, 0};
+    return within_float32(problem);
 }
 
 template <class T>

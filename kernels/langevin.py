@@ -51,8 +51,8 @@ def _pair(a, b):
 
 
 @triton.jit
-def _noise(group, step_word, chain, seed_lo, seed_hi, GROUPS: tl.constexpr):
-    """group [GROUPS], chain of one id or [GROUPS] int64 -> [4 · GROUPS] float32 in the elements' order."""
+def _noise(group, step_word, chain, seed_lo, seed_hi, GROUPS: tl.constexpr, RAW: tl.constexpr):
+    """group [GROUPS], chain of one id or [GROUPS] int64 -> [4 · GROUPS] float32 in the elements' order; raw words."""
     zero = tl.zeros([GROUPS], tl.uint32)
     w0, w1, w2, w3 = _words(
         group.to(tl.uint32),
@@ -62,8 +62,11 @@ def _noise(group, step_word, chain, seed_lo, seed_hi, GROUPS: tl.constexpr):
         seed_lo,
         seed_hi,
     )
-    n0, n1 = _pair(w0, w1)
-    n2, n3 = _pair(w2, w3)
+    if RAW:
+        n0, n1, n2, n3 = w0, w1, w2, w3
+    else:
+        n0, n1 = _pair(w0, w1)
+        n2, n3 = _pair(w2, w3)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * GROUPS])
 
 
@@ -76,8 +79,9 @@ def _bound(x, low, high):
 @triton.jit
 def _langevin_kernel(
     x_ptr,
-    grad_ptr,  # None: the noise itself is stored
+    grad_ptr,  # None: the noise itself is stored, or the words where x is int32
     lookahead_ptr,  # None or like x
+    partial_ptr,  # None, or [programs, 3] float64: what the program adds to its chain's statistics
     chain_id_ptr,  # None: 0, 1, ...
     step_sizes_ptr,  # None or [chains] of the compute type; so is noise_scales_ptr
     noise_scales_ptr,
@@ -138,7 +142,7 @@ def _langevin_kernel(
             seed_lo = seed.to(tl.int32)
             seed_hi = (seed >> 32).to(tl.int32)
         if step_ptr is not None:
-            step_word = tl.load(step_ptr).to(tl.int32) & 0xFFFFFFF
+            step_word = (tl.load(step_ptr).to(tl.int32) & 0xFFFFFFF) | (step_word & -0x10000000)
         chain = row.to(tl.int64)
         if chain_id_ptr is not None:
             chain = tl.load(chain_id_ptr + row, mask=row_mask)
@@ -149,12 +153,16 @@ def _langevin_kernel(
             seed_lo.to(tl.uint32, bitcast=True),
             seed_hi.to(tl.uint32, bitcast=True),
             GROUPS,
-        ).to(COMPUTE)
+            x_ptr.dtype.element_ty == tl.int32,
+        )
     if grad_ptr is None:
         tl.store(x_ptr + at, noise.to(x_ptr.dtype.element_ty), mask=mask)
     else:
         x = tl.load(x_ptr + at, mask=mask).to(COMPUTE)
         d = tl.load(grad_ptr + at, mask=mask).to(COMPUTE)
+        if partial_ptr is not None:
+            wide = tl.where(mask, d, 0.0).to(tl.float64)
+            tl.store(partial_ptr + 3 * tl.program_id(0), tl.sum(wide * wide))
         if CLIP:
             clip = tl.full((), grad_clip, COMPUTE)
             d = _bound(d, -clip, clip)
@@ -170,10 +178,14 @@ def _langevin_kernel(
         else:
             h = tl.load(step_sizes_ptr + rows, mask=mask)
         x = x - h * d
+        # Not finite where `zero` is NaN.
+        zero = x - x
+        outside = mask & False
         if CLAMP:
             lowest = tl.full((), low, COMPUTE)
             highest = tl.full((), high, COMPUTE)
             if NOISE_FIRST:
+                outside = (x < lowest) | (x > highest)
                 x = _bound(x, lowest, highest)
         if NOISE:
             if noise_scales_ptr is None:
@@ -182,10 +194,18 @@ def _langevin_kernel(
                 s = tl.load(noise_scales_ptr + rows)
             else:
                 s = tl.load(noise_scales_ptr + rows, mask=mask)
-            x = x + s * noise
+            x = x + s * noise.to(COMPUTE)
+            zero += x - x
         if CLAMP:
+            outside = outside | (x < lowest) | (x > highest)
             x = _bound(x, lowest, highest)
-        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+        stored = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + at, stored, mask=mask)
+        if partial_ptr is not None:
+            rounded = stored.to(COMPUTE)
+            zero += rounded - rounded
+            tl.store(partial_ptr + 3 * tl.program_id(0) + 1, tl.sum((outside & mask).to(tl.int32)).to(tl.float64))
+            tl.store(partial_ptr + 3 * tl.program_id(0) + 2, tl.sum(((zero != 0) & mask).to(tl.int32)).to(tl.float64))
 
 
 def _signed(word: int) -> int:
@@ -198,6 +218,7 @@ def _launch(
     x: Tensor,
     grad: Tensor | None,
     lookahead_out: Tensor | None,
+    stats: Tensor | None,
     chain_id: Tensor | None,
     step_sizes: Tensor | None,
     noise_scales: Tensor | None,
@@ -213,15 +234,19 @@ def _launch(
     if x.numel() == 0:
         return
     elements = x.numel() // chains
-    groups, one_chain = launch.langevin(elements) if table is None else table
+    groups, one_chain = launch.langevin(elements, whole=stats is not None) if table is None else table
     of_chain = -(-elements // 4)
     programs = chains * -(-of_chain // groups) if one_chain else -(-chains * of_chain // groups)
+    partial = None if stats is None else stats.new_empty(chains, programs // chains, 3)
     with torch.cuda.device_of(x):
         _langevin_kernel[(programs,)](
-            x, grad, lookahead_out, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor,
-            _signed(seed), _signed(seed >> 32), step & 0xFFFFFFF, chains, elements, *scalars,
+            x, grad, lookahead_out, partial, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor,
+            _signed(seed), _signed(seed >> 32), _signed(step), chains, elements, *scalars,
             **flags, **_shape(x.dtype, elements, groups, one_chain), num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
+    if stats is not None and partial is not None:
+        torch.sum(partial, dim=1, out=stats)
+        stats[:, 0].sqrt_()
 
 
 def _shape(dtype: torch.dtype, elements: int, groups: int, one_chain: bool) -> dict[str, Any]:
@@ -233,6 +258,7 @@ def step_(
     x: Tensor,
     grad: Tensor,
     lookahead_out: Tensor | None,
+    stats: Tensor | None,
     chain_id: Tensor | None,
     step_sizes: Tensor | None,
     noise_scales: Tensor | None,
@@ -250,7 +276,7 @@ def step_(
     step: int,
     table: tuple[int, bool] | None = None,
 ) -> None:
-    """Contiguous tensors; `table` overrides the launch table."""
+    """Contiguous tensors, stats [C, 3] float64; `table` overrides the launch table."""
     flags = {
         "NOISE": noise_scales is not None or noise_scale != 0,
         "PRIOR": precision != 0,
@@ -259,8 +285,8 @@ def step_(
         "NOISE_FIRST": noise_first,
     }
     scalars = (step_size, noise_scale, precision, grad_clip, low, high, lookahead)
-    tensors = (lookahead_out, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor)
-    _launch(x, grad, *tensors, scalars, flags, seed, step, table)
+    tensors = (lookahead_out, stats, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor)
+    _launch(x, grad, *tensors, scalars, flags, seed, step & 0xFFFFFFF, table)
 
 
 _NOISE_ALONE = {"NOISE": True, "PRIOR": False, "CLIP": False, "CLAMP": False, "NOISE_FIRST": False}
@@ -274,27 +300,30 @@ def noise_(
     seed: int,
     step: int,
     table: tuple[int, bool] | None = None,
+    purpose: int = 0,
 ) -> None:
-    tensors = (None, None, chain_id, None, None, seed_tensor, step_tensor)
-    _launch(out, *tensors, (0.0,) * 7, _NOISE_ALONE, seed, step, table)
+    """Normals into a contiguous tensor, or the words where it is int32."""
+    tensors = (None, None, None, chain_id, None, None, seed_tensor, step_tensor)
+    _launch(out, *tensors, (0.0,) * 7, _NOISE_ALONE, seed, purpose << 28 | step & 0xFFFFFFF, table)
 
 
 def aot_specs() -> list[Spec]:
     """CIFAR-sized float32 chains with prior and clamp; then every dtype, short and odd chains, tensors of scalars."""
-    pointers = ["x", "grad", "lookahead", "chain_id", "step_sizes", "noise_scales", "seed", "step"]
+    pointers = ["x", "grad", "lookahead", "partial", "chain_id", "step_sizes", "noise_scales", "seed", "step"]
     numbers = ["step_size", "noise_scale", "precision", "grad_clip", "low", "high", "lookahead"]
     kinds = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    kinds[torch.int32] = "i32"
 
     def spec(name: str, dtype: torch.dtype, elements: int, present: tuple[str, ...], flags: dict[str, Any]) -> Spec:
         of_state = kinds[dtype]
         types = dict.fromkeys(["x", "grad", "lookahead"], of_state)
         types |= dict.fromkeys(["step_sizes", "noise_scales"], "fp64" if of_state == "fp64" else "fp32")
-        types |= dict.fromkeys(["chain_id", "seed", "step"], "i64")
+        types |= dict.fromkeys(["chain_id", "seed", "step"], "i64") | {"partial": "fp64"}
         signature = {f"{p}_ptr": f"*{types[p]}" if p in present else "constexpr" for p in pointers}
         signature |= dict.fromkeys(["seed_lo", "seed_hi", "step_word", "chains", "elements"], "i32")
         signature |= dict.fromkeys(numbers, "fp64")
         constexprs: dict[str, Any] = {f"{p}_ptr": None for p in pointers if p not in present}
-        constexprs |= {**flags, **_shape(dtype, elements, *launch.langevin(elements))}
+        constexprs |= {**flags, **_shape(dtype, elements, *launch.langevin(elements, "partial" in present))}
         signature |= dict.fromkeys([*flags, "COMPUTE", "GROUPS", "ONE_CHAIN", "WHOLE_GROUPS"], "constexpr")
         divisible = ("elements",) if elements % 16 == 0 else ()
         return Spec(name, _langevin_kernel, signature, constexprs, WARPS, options=dict(OPTIONS), divisible=divisible)
@@ -302,12 +331,19 @@ def aot_specs() -> list[Spec]:
     image, both = 3 * 32 * 32, ("x", "grad")
     flags = {"NOISE": True, "PRIOR": True, "CLIP": False, "CLAMP": True, "NOISE_FIRST": False}
     every = {**flags, "CLIP": True, "NOISE_FIRST": True}
+    unsummed = tuple(pointer for pointer in pointers if pointer != "partial")
+    floats = {dtype: kind for dtype, kind in kinds.items() if dtype.is_floating_point}
+    from fastgen.kernels import langevin_mala
+
     return [
-        *(spec(f"step_{kind}", dtype, image, both, flags) for dtype, kind in kinds.items()),
+        *(spec(f"step_{kind}", dtype, image, both, flags) for dtype, kind in floats.items()),
         *(spec(f"noise_{kind}", dtype, image, ("x",), _NOISE_ALONE) for dtype, kind in kinds.items()),
+        *(spec(f"step_stats_{kind}", dtype, image, (*both, "partial"), flags) for dtype, kind in floats.items()),
         spec("step_everything", torch.float32, image, tuple(pointers), every),
         spec("step_short", torch.float32, 64, both, flags),
-        spec("step_short_everything", torch.float32, 64, tuple(pointers), every),
-        spec("step_odd", torch.float32, 7, tuple(pointers), every),
+        spec("step_short_everything", torch.float32, 64, unsummed, every),
+        spec("step_short_stats", torch.float32, 64, tuple(pointers), every),
+        spec("step_odd", torch.float32, 7, unsummed, every),
         spec("step_long_odd", torch.float32, 28 * 28 * 3 + 1, both, flags),
+        *langevin_mala.aot_specs(),
     ]

@@ -158,13 +158,23 @@ def mmd_specs() -> list[Spec]:
     return specs
 
 
-def langevin(elements: int) -> tuple[int, bool]:
+def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
     """(groups of four elements in a program, whether a program stays within one chain), four warps each.
 
     Long chains are cut into blocks of which at most an eighth may lie beyond the chain's end; else programs run over
-    the chains' groups one after the other, at the price of a division for each group."""
+    the chains' groups one after the other, at the price of a division for each group. `whole`: within one chain always,
+    for sums over it."""
     for groups in (512, 256, 128):
         padded = -(-elements // (4 * groups)) * 4 * groups
         if padded * 8 <= elements * 9:
             return groups, True
+    if whole:
+        return max(32, min(256, 1 << (-(-elements // 4) - 1).bit_length())), True
     return 256, False
+
+
+def langevin_accept(elements: int) -> tuple[int, bool, int]:
+    """(groups of four elements in a program, whether a chain fits it, warps)."""
+    of_chain = -(-elements // 4)
+    groups = max(32, min(512, 1 << (of_chain - 1).bit_length()))
+    return groups, of_chain <= groups, max(1, groups // 128)

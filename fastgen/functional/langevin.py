@@ -35,7 +35,7 @@ def langevin_step_(
     Args:
         x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides.
         grad: ∇U(x), of x's shape, dtype and device.
-        step_size: η >= 0, a number or one for each chain: [C] float32 (float64 where x is).
+        step_size: η > 0, a number or one for each chain: [C] float32 (float64 where x is).
         noise_scale: s >= 0, likewise; None is √(2η), the Langevin diffusion at temperature 1. FRAME's δ is
             step_size=δ²/2, noise_scale=δ. At 0 no noise is made.
         prior_scale: σ > 0 of a Gaussian reference N(0, σ²I), added as x·(1/σ²); None has no such term.
@@ -51,14 +51,16 @@ def langevin_step_(
         chain_id: [C] int64, the global number of each chain, >= 0; None is 0, 1, ..., C − 1.
         lookahead: (β, out) also writes x − β·(clip(∇U) + x/σ²) of the x before the step into `out`, like x: the
             negatives of a derived wFRAME gradient.
-        stats: not built yet.
+        stats: [C, 3] float32 or float64, overwritten in the same pass with, for each chain, ‖∇U‖₂ of the grad as given
+            (its squares are summed in float64), the number of elements that clamp moved, and of those whose new value
+            was NaN or infinite, before the clamp or as stored.
 
     Returns:
         x itself.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range. RuntimeError: x or grad
-        requires grad while grad mode is on. NotImplementedError: stats.
+        requires grad while grad mode is on.
 
     Notes:
         Deterministic: the noise of an element is a function of (seed, step, chain id, index within the chain) alone,
@@ -79,21 +81,21 @@ def langevin_step_(
         name = "x" if x.requires_grad else "grad"
         raise RuntimeError(f"{name}: langevin_step_ is not differentiable; detach it, or call under torch.no_grad()")
     if stats is not None:
-        check.not_built("stats", stats, "stats=None")
+        _statistics(stats, x)
     precision = 0.0 if prior_scale is None else 1.0 / check.number("prior_scale", prior_scale, above=0.0) ** 2
     clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0)
     low, high = _interval(clamp)
-    h, step_sizes = _per_chain("step_size", step_size, x)
+    h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
     if noise_scale is None:
         s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
     else:
-        s, noise_scales = _per_chain("noise_scale", noise_scale, x)
+        s, noise_scales = _per_chain("noise_scale", noise_scale, x, least=0.0)
     beta, out = 0.0, None
     if lookahead is not None:
         beta, out = _lookahead(lookahead, x)
     key = _key(x, seed, step, chain_id)
     torch.ops.fastgen.langevin_step_(
-        x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out,
+        x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats,
         h, s, precision, clip, low, high, beta, bool(noise_first), key[3], key[4],
     )  # fmt: skip
     return x
@@ -181,10 +183,20 @@ def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach()
 
 
-def _per_chain(name: str, value: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
+def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
         return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
-    return check.number(name, value, least=0.0), None
+    return check.number(name, value, **bounds), None
+
+
+def _statistics(stats: Any, x: Tensor) -> None:
+    check.tensor("stats", stats, dtypes=(torch.float32, torch.float64), ndim=(2,))
+    if stats.shape[0] != x.shape[0] or stats.shape[1] != 3:
+        raise ValueError(f"stats: expected shape [{x.shape[0]}, 3], got {list(stats.shape)}")
+    if stats.device != x.device:
+        raise ValueError(f"stats: expected the device of x, {x.device}, got {stats.device}")
+    if torch.is_grad_enabled() and stats.requires_grad:
+        raise RuntimeError("stats: langevin_step_ is not differentiable; detach it")
 
 
 def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:

@@ -1,160 +1,189 @@
 """Maximum mean discrepancy: value and gradients in one pass, in memory that grows with N + M and not with N·M."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.mmd_kernels import (
+    IMQ,
+    RBF,
+    Energy,
+    Kernel,
+    Laplacian,
+    Polynomial,
+    RationalQuadratic,
+    resolve,
+)
 from fastgen.ops import mmd as ops
+
+__all__ = [
+    "IMQ",
+    "RBF",
+    "Energy",
+    "Kernel",
+    "Laplacian",
+    "Polynomial",
+    "RationalQuadratic",
+    "mmd",
+    "resolve",
+]
 
 ESTIMATORS = ("unbiased", "biased", "u_statistic")
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
-PRIORS = ("normal", "sphere", "uniform")
-_KERNEL_NAMES = ("imq", "rbf", "polynomial", "laplacian", "energy", "rational_quadratic")
 
-
-def _positive(name: str, values: Any) -> None:
-    if isinstance(values, (str, Tensor)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: expected a tuple of numbers, got {check.describe(values)}")
-    if not values:
-        raise ValueError(f"{name}: expected at least one number, got none")
-    for v in values:
-        check.number(name, v, above=0)
-
-
-@dataclass(frozen=True)
-class IMQ:
-    """Inverse multiquadrics k(x, y) = Σ_s s·base / (s·base + ‖x − y‖²), summed over `scales` and not averaged.
-
-    Args:
-        scales: positive; WAE's seven by default, which have a faster kernel of their own (as has every list of seven
-            that is closed under s → 1/s).
-        base: positive, in units of squared distance; None means 2·D, the mean squared distance of two points of a
-            standard normal.
-
-    Source: Tolstikhin et al., Wasserstein Auto-Encoders (2018), section 4, and its code's seven scales.
-    """
-
-    scales: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    base: float | None = None
-
-    def __post_init__(self) -> None:
-        _positive("scales", self.scales)
-        if self.base is not None:
-            check.number("base", self.base, above=0)
-
-    def _op(self, d: int) -> tuple[str, list[float]]:
-        base = 2.0 * d if self.base is None else float(self.base)
-        return "imq", [s * base for s in self.scales]
-
-
-@dataclass(frozen=True)
-class RBF:
-    """Gaussian kernels k(x, y) = Σ_b exp(−‖x − y‖² / 2b²), summed over `bandwidths`.
-
-    Args:
-        bandwidths: positive, in units of distance; None means √D·(1/4, 1/2, 1, 2, 4), a factor-two ladder about the
-            typical distance √(2D) of two points of a standard normal.
-
-    Source: Gretton et al., A Kernel Two-Sample Test (2012); sums over a ladder after Li et al., Generative Moment
-    Matching Networks (2015), section 3.
-    """
-
-    bandwidths: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.bandwidths is not None:
-            _positive("bandwidths", self.bandwidths)
-
-    def _op(self, d: int) -> tuple[str, list[float]]:
-        if self.bandwidths is None:
-            return "rbf", [0.5 / (d * b * b) for b in (0.25, 0.5, 1.0, 2.0, 4.0)]
-        return "rbf", [0.5 / (b * b) for b in self.bandwidths]
-
-
-@dataclass(frozen=True)
-class Polynomial:
-    """k(x, y) = (gamma·⟨x, y⟩ + coef)^degree, the kernel of KID. Runs on blocked matrix products, on every device.
-
-    Args:
-        degree: at least 1.
-        gamma: positive; None means 1/D.
-        coef: at least 0.
-
-    Source: Bińkowski et al., Demystifying MMD GANs (2018), section 4.
-    """
-
-    degree: int = 3
-    gamma: float | None = None
-    coef: float = 1.0
-
-    def __post_init__(self) -> None:
-        check.integer("degree", self.degree, least=1)
-        if self.gamma is not None:
-            check.number("gamma", self.gamma, above=0)
-        check.number("coef", self.coef, least=0)
-
-    def _op(self, d: int) -> tuple[str, list[float]]:
-        return "polynomial", [float(self.degree), 1.0 / d if self.gamma is None else float(self.gamma), self.coef]
-
-
-Kernel = IMQ | RBF | Polynomial
-_DEFAULTS: dict[str, Kernel] = {"imq": IMQ(), "rbf": RBF(), "polynomial": Polynomial()}
+# kind, parameters, estimator, precision, x_weight, y_weight, coefficients, terms: what the ops take after the points
+Options = tuple[Any, ...]
 
 
 class _MMD(torch.autograd.Function):
     """The gradient is made with the value, since the upstream gradient is one number for each MMD."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, kind: str, parameters: list[float], estimator: str, precision: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options) -> Tensor:
         for_x, for_y = ctx.needs_input_grad[:2]
-        ctx.sides = for_x, for_y
-        ctx.dtype = x.dtype
+        ctx.options = options
         if for_x and for_y:
-            value, gx, gy = ops.value_grad(x, y, kind, parameters, estimator, precision)
-            ctx.save_for_backward(gx, gy)
+            value, gx, gy = ops.value_grad(x, y, *options)
+            ctx.save_for_backward(x, y, gx, gy)
+        elif for_x:
+            value, gx = ops.value_grad_x(x, y, *options)
+            ctx.save_for_backward(x, y, gx, None)
         else:
-            a, b = (x, y) if for_x else (y, x)
-            value, gradient = ops.value_grad_x(a, b, kind, parameters, estimator, precision)
-            ctx.save_for_backward(gradient)
+            value, gy = ops.value_grad_x(y, x, *_swapped(options))
+            ctx.save_for_backward(x, y, None, gy)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, gx, gy = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "fastgen mmd: second-order gradients are not built yet (backward was called with create_graph=True); "
-                "what works: first-order gradients in x and y"
-            )
-        scale = upstream[..., None, None] if upstream.ndim else upstream
-        gradients = [(g * scale).to(ctx.dtype) for g in ctx.saved_tensors]
-        if all(ctx.sides):
-            return gradients[0], gradients[1], None, None, None, None
-        return (
-            gradients[0] if ctx.sides[0] else None,
-            gradients[0] if ctx.sides[1] else None,
-            None,
-            None,
-            None,
-            None,
+            return *_Gradient.apply(upstream, x, y, gx, gy, ctx.options), None
+        return *_scaled(upstream, x.dtype, gx, gy), None
+
+
+class _Gradient(torch.autograd.Function):
+    """upstream·∂MMD²/∂x and upstream·∂MMD²/∂y as a function of upstream, x and y; its own gradient is the product of
+    MMD²'s Hessian with what comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, upstream: Tensor, x: Tensor, y: Tensor, gx: Tensor | None, gy: Tensor | None, options: Options
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(upstream, x, y, gx, gy)
+        ctx.options = options
+        return _scaled(upstream, x.dtype, gx, gy)
+
+    @staticmethod
+    def backward(ctx: Any, vx: Tensor | None, vy: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_Product.apply(vx, vy, *ctx.saved_tensors, ctx.options), None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """The gradient of _Gradient: joined to all of its inputs, so that a third derivative raises where it is taken."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vx: Tensor | None,
+        vy: Tensor | None,
+        upstream: Tensor,
+        x: Tensor,
+        y: Tensor,
+        gx: Tensor | None,
+        gy: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor | None, ...]:
+        pairs = [(v, g) for v, g in ((vx, gx), (vy, gy)) if v is not None and g is not None]
+        along = torch.stack([(v * g).sum((-2, -1)) for v, g in pairs]).sum(0)
+        if gx is None:
+            assert vy is not None
+            hy, hx = ops.hessian_product(y, x, vy, None, *_swapped(options))
+        else:
+            assert vx is not None
+            hx, hy = ops.hessian_product(x, y, vx, None if gy is None else vy, *options)
+        products = _scaled(upstream, x.dtype, None if gx is None else hx, None if gy is None else hy)
+        return along.to(upstream.dtype), *products
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            "fastgen mmd: third-order gradients are not built; what works: first and second order in x and y"
         )
 
 
-def resolve(kernel: Any) -> Kernel:
-    """A kernel object, from itself or its name."""
-    if isinstance(kernel, (IMQ, RBF, Polynomial)):
-        return kernel
-    if not isinstance(kernel, str):
-        raise TypeError(f"kernel: expected IMQ, RBF, Polynomial or a name, got {check.describe(kernel)}")
-    if kernel not in _DEFAULTS:
-        check.choice("kernel", kernel, _KERNEL_NAMES)
-        check.not_built("kernel", kernel, "'imq', 'rbf', 'polynomial'")
-    return _DEFAULTS[kernel]
+def _scaled(
+    upstream: Tensor, dtype: torch.dtype, gx: Tensor | None, gy: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    scale = upstream[..., None, None] if upstream.ndim else upstream
+    return tuple(None if g is None else (g * scale).to(dtype) for g in (gx, gy))  # type: ignore[return-value]
+
+
+def _swapped(options: Options) -> Options:
+    """The options of the same MMD² with its samples in the other order."""
+    kind, parameters, estimator, precision, *rest = options
+    if not rest:
+        return options
+    x_weight, y_weight, coefficients, terms = rest
+    if coefficients is not None:
+        coefficients = coefficients[..., [1, 0, 2]]
+    terms = terms & 4 | (terms & 1) << 1 | (terms & 2) >> 1
+    return kind, parameters, estimator, precision, y_weight, x_weight, coefficients, terms
+
+
+def evaluate(x: Tensor, y: Tensor, options: Options) -> Tensor:
+    """MMD² of checked arguments, with a gradient where one is asked for."""
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        result: Tensor = _MMD.apply(x, y, options)
+        return result
+    return ops.value(x, y, *options)
+
+
+def check_weight(name: str, weight: Any, points_name: str, points: Tensor) -> Tensor:
+    """The weights, [N] or [B, N], as they are."""
+    check.tensor(name, weight, ndim=(1, 2))
+    if weight.shape not in (points.shape[-2:-1], points.shape[:-1]):
+        expected = " or ".join(dict.fromkeys(str(list(s)) for s in (points.shape[-2:-1], points.shape[:-1])))
+        raise ValueError(f"{name}: expected shape {expected} to go with {points_name}, got {list(weight.shape)}")
+    if weight.device != points.device:
+        raise ValueError(f"{name}: expected the device of {points_name}, {points.device}, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name}: gradients in weights are not built yet; what works: {name}.detach()")
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU, and in a compiled graph, looking would wait for the device or break the graph: NaN tells there.
+        if bool((weight < 0).any()):
+            raise ValueError(f"{name}: expected no negative weight, got {float(weight.min())}")
+        if bool((weight.sum(-1) == 0).any()):
+            raise ValueError(f"{name}: expected weights that do not sum to zero")
+    return weight
+
+
+def _shares(weight: Tensor | None, points: Tensor) -> Tensor:
+    """Weights that sum to one in float64, [N] or [B, N]; NaN where they cannot."""
+    if weight is None:
+        n = points.shape[-2]
+        return points.new_full((n,), 1 / n, dtype=torch.float64)
+    weight = weight.detach().double()
+    good = (weight >= 0).all(-1, keepdim=True)
+    return torch.where(good, weight / weight.sum(-1, keepdim=True), float("nan"))
+
+
+def weighted(
+    x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, estimator: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and the coefficients of XX, YY and XY."""
+    p, q = _shares(x_weight, x), _shares(y_weight, y)
+    one = torch.ones((), dtype=torch.float64, device=x.device)
+    if estimator == "biased":
+        parts = [one, one, one]
+    else:
+        parts = [1 / (1 - (p * p).sum(-1)), 1 / (1 - (q * q).sum(-1)), one]
+        if estimator == "u_statistic":
+            parts[2] = 1 / (1 - (p * q).sum(-1))
+    coefficients = torch.stack(torch.broadcast_tensors(*parts), -1)
+    dtype = ops.accumulator(x.dtype)
+    return p.to(dtype), q.to(dtype), coefficients
 
 
 def mmd(
@@ -174,12 +203,18 @@ def mmd(
         x: [N, D] or [B, N, D] float64, float32, bfloat16 or float16.
         y: [M, D] or [B, M, D], of x's dtype and device; N ≠ M is fine. (Under autocast the dtypes may differ and are
             promoted.)
-        kernel: `IMQ(...)`, `RBF(...)`, `Polynomial(...)` or "imq", "rbf", "polynomial" for their defaults. Several
-            scales are summed, not averaged.
+        kernel: `IMQ(...)`, `RBF(...)`, `Laplacian(...)`, `RationalQuadratic(...)`, `Energy()`, `Polynomial(...)`, or
+            "imq", "rbf", "laplacian", "rational_quadratic", "energy", "polynomial" for their defaults. Several scales
+            are summed, not averaged.
         estimator: "unbiased": i ≠ j in the XX and YY sums, a_xx = 1/(N(N−1)), a_yy = 1/(M(M−1)), a_xy = 1/(NM);
             "biased": all pairs, 1/N², 1/M², 1/(NM); "u_statistic": i ≠ j in the XY sum too, N = M,
             all three 1/(N(N−1)).
-        x_weight, y_weight: not built yet.
+        x_weight, y_weight: [N] or [B, N] and [M] or [B, M], any of the dtypes, none negative; None means equal
+            weights. They are divided by their sums to p and q, and a pair's term is multiplied by pᵢpⱼ, qᵢqⱼ or pᵢqⱼ.
+            "biased": a_xx = a_yy = a_xy = 1; "unbiased": a_xx = 1/(1 − Σp²), a_yy = 1/(1 − Σq²), a_xy = 1, the mean
+            over pairs i ≠ j drawn with these weights; "u_statistic": a_xy = 1/(1 − Σpq) too. Equal weights give the
+            unweighted value; a weight of zero takes the point out; all the weight on one point leaves "unbiased"
+            without a pair, NaN. Weights are constants: those that require a gradient raise.
         precision: how the GPU makes its inner products, in Triton's terms: "ieee", "bf16x6", "tf32x3", "bf16x3",
             "tf32". The CPU, and float64, always work in full precision.
         group: not built yet (an average over shards is another estimator).
@@ -189,14 +224,16 @@ def mmd(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; fewer than two points
-            where i ≠ j asks for two.
-        NotImplementedError: an option that is not built yet; backward with create_graph=True.
+            where i ≠ j asks for two; weights that are negative or sum to zero (on a GPU and in a compiled graph, where
+            nothing waits for the data: NaN).
+        NotImplementedError: an option that is not built yet; weights that require a gradient.
 
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
         are expanded about the common centre of both samples; sums over pairs end in float64. Points that are not
-        finite, or whose squares overflow, give NaN. Differentiable once in x and y; only the side that asks is paid
-        for. On a GPU, D > 128, float64 points and the polynomial kernel run on blocked matrix products instead (never
+        finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
+        the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
+        and O((N + M)·D) memory too. On a GPU, D > 128 and float64 points run on blocked matrix products instead (never
         in TF32).
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
@@ -210,10 +247,6 @@ def mmd(
     chosen = resolve(kernel)
     check.choice("estimator", estimator, ESTIMATORS)
     check.choice("precision", precision, PRECISIONS)
-    if x_weight is not None:
-        check.not_built("x_weight", type(x_weight).__name__, "None")
-    if y_weight is not None:
-        check.not_built("y_weight", type(y_weight).__name__, "None")
     if group is not None:
         check.not_built("group", group, "None")
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
@@ -230,57 +263,10 @@ def mmd(
     if estimator == "u_statistic" and x.shape[-2] != y.shape[-2]:
         raise ValueError(f"y: expected as many points as x for {estimator=}, {x.shape[-2]}, got {y.shape[-2]}")
     kind, parameters = chosen._op(x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        result: Tensor = _MMD.apply(x, y, kind, parameters, estimator, precision)
-        return result
-    return ops.value(x, y, kind, parameters, estimator, precision)
-
-
-def wae_mmd(
-    sample_qz: Tensor,
-    sample_pz: Tensor,
-    *,
-    kernel: str = "imq",
-    prior: str = "normal",
-    prior_scale: float = 1.0,
-    convention: str = "tolstikhin",
-) -> Tensor:
-    """The MMD penalty of Wasserstein auto-encoders, Σ_{i≠j}(k_qq + k_pp)/(n² − n) − 2 Σ k_qp / n².
-
-    The kernel is Σ_s s·C/(s·C + d²), s ∈ {.1, .2, .5, 1, 2, 5, 10}, with C = 2·D·prior_scale² for the normal prior,
-    2 on the sphere and D for the uniform one.
-
-    Args:
-        sample_qz: [n, D], codes; any dtype that `mmd` takes.
-        sample_pz: [n, D], as many draws from the prior.
-        kernel: "imq"; the paper's "rbf", whose bandwidth is a median of the batch, is not built yet.
-        prior: "normal", "sphere" or "uniform".
-        prior_scale: standard deviation of the normal prior; only "normal" uses it.
-        convention: "tolstikhin", the authors' code; the variants of popular ports are not built yet.
-
-    Returns:
-        The penalty, [], before the factor λ; it may be negative.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: as `mmd`; different numbers of codes and draws.
-
-    Notes:
-        Deterministic and once differentiable, as `mmd`.
-
-    Source: `mmd_penalty` in wae.py of github.com/tolstikhin/wae; Tolstikhin et al. (2018), algorithm 2.
-    """
-    check.tensor("sample_qz", sample_qz, ndim=(2,))
-    check.tensor("sample_pz", sample_pz, ndim=(2,))
-    if sample_qz.shape != sample_pz.shape:
-        raise ValueError(f"sample_pz: expected sample_qz's shape {list(sample_qz.shape)}, got {list(sample_pz.shape)}")
-    check.choice("prior", prior, PRIORS)
-    check.number("prior_scale", prior_scale, above=0)
-    if check.choice("kernel", kernel, ("imq", "rbf")) == "rbf":
-        check.not_built("kernel", kernel, "'imq'")
-    if convention != "tolstikhin":
-        check.not_built("convention", convention, "'tolstikhin'")
-    d = sample_qz.shape[-1]
-    base = {"normal": 2.0 * d * prior_scale**2, "sphere": 2.0, "uniform": float(d)}[prior]
-    if base <= 0:
-        raise ValueError(f"sample_qz: expected at least 1 coordinate, got shape {list(sample_qz.shape)}")
-    return mmd(sample_qz, sample_pz, kernel=IMQ(base=base))
+    if x_weight is None and y_weight is None:
+        return evaluate(x, y, (kind, parameters, estimator, precision))
+    for name, weight, points_name, points in (("x_weight", x_weight, "x", x), ("y_weight", y_weight, "y", y)):
+        if weight is not None:
+            check_weight(name, weight, points_name, points)
+    p, q, coefficients = weighted(x, y, x_weight, y_weight, estimator)
+    return evaluate(x, y, (kind, parameters, estimator, precision, p, q, coefficients, ops.ALL))

@@ -30,11 +30,14 @@ def nearest(
     Args:
         query: [N, D] float32, float64, bfloat16 or float16, finite; N, D ≥ 1.
         database: [M, D], dtype and device of `query`. Rows that may be chosen must be finite.
-        k: neighbours for each query, 1 (default) to the number of rows that may be chosen.
+        k: neighbours for each query, 1 (default) to the number of rows that may be chosen; a call's time grows with
+            k, most of all beyond some thousands.
         mask: [M] or [N, M] bool, True = may be chosen; None (default) allows all. Rows that no query may choose are
             not read and may hold anything.
-        exclude_radius: not built.
-        precision: "certified" (default), the only one built.
+        exclude_radius: ε > 0, a length: no query may choose a row that lies nearer than ε to any query (that may choose
+            it, where `mask` is [N, M]), as RS-IMLE rejects samples: float32 ‖q − b‖² < ε². None (default) rejects none.
+        precision: how candidates are found; the answer is the same. "certified" (default): by products of rounded
+            points, with a proof; "ieee": every pair is measured directly, to check the former by, far slower.
 
     Returns:
         Nearest(distance [N, k] float32, index [N, k] int64), ascending by (distance, index).
@@ -42,8 +45,8 @@ def nearest(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: wrong shape or device, an empty operand, k above the number of rows that may be chosen, NaN or
-            infinity in a query or in a row that may be chosen, a chosen distance beyond float32 (3.4e38).
-        NotImplementedError: an option that is not built.
+            infinity in a query or in a row that may be chosen, a chosen distance beyond float32 (3.4e38), an
+            exclude_radius that leaves some query fewer than k rows.
 
     Notes:
         The distance is float32 of Σ(q − b)², subtracted uncentred and summed in float64 in one fixed order (for float64
@@ -56,17 +59,16 @@ def nearest(
         2 (q − b) and −2 (q − b), in float32 for half types. `index` carries no gradient.
 
     Source:
-        the contract of faiss.IndexFlatL2 (Johnson, Douze, Jégou 2017), made exact; IMLE (Li & Malik 2018), algorithm 1.
+        the contract of faiss.IndexFlatL2 (Johnson, Douze, Jégou 2017), made exact; IMLE (Li & Malik 2018), algorithm 1;
+        the rejection of RS-IMLE (Vashist, Peng & Li 2024).
     """
     check.tensor("query", query, ndim=(2,))
     check.tensor("database", database, ndim=(2,))
     check.same("database", database, "query", query)
     check.integer("k", k, least=1)
-    check.choice("precision", precision, ("certified", "float32", "bf16"))
-    if precision != "certified":
-        check.not_built("precision", precision, "'certified'")
+    check.choice("precision", precision, ("certified", "ieee"))
     if exclude_radius is not None:
-        check.not_built("exclude_radius", exclude_radius, "None, with a mask of the rows that may be chosen")
+        exclude_radius = check.number("exclude_radius", exclude_radius, above=0)
     n, m, width = query.shape[0], database.shape[0], query.shape[1]
     if n == 0 or width == 0:
         raise ValueError(f"query: expected at least one row and one column, got shape {list(query.shape)}")
@@ -80,7 +82,7 @@ def nearest(
             raise ValueError(f"mask: expected the device of query, {query.device}, got {mask.device}")
         if tuple(mask.shape) not in ((m,), (n, m)):
             raise ValueError(f"mask: expected shape [{m}] or [{n}, {m}], got {list(mask.shape)}")
-    index = torch.ops.fastgen.nearest(query.detach(), database.detach(), mask, k)
+    index = torch.ops.fastgen.nearest(query.detach(), database.detach(), mask, k, exclude_radius, precision)
     if torch.is_grad_enabled() and (query.requires_grad or database.requires_grad):
         return Nearest(_Distance.apply(query, database, index), index)
     return Nearest(torch.ops.fastgen.nearest_distance(query.detach(), database.detach(), index), index)

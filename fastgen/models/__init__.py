@@ -1,20 +1,47 @@
-"""Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`."""
+"""Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`.
+
+A model is a class with
+
+    fit(images, out, resume=, trainer=)   train into the folder `out`, with a `Run`
+    load(run, images)                     classmethod: the model of a finished run
+    sample(n, seed=)                      images [n, C, H, W] in [0, 1]
+    on_disk                               True where it reads `Stored` images, which need not fit into memory
+
+and, where they mean something for it, what `fastgen evaluate` draws and measures:
+
+    reconstructions(images, n)            (originals, reconstructions), n of the training images each
+    interpolations(rows, steps)           images [rows · steps, C, H, W], a row each from one code to another
+    pictures(folder)                      writes further pictures, returns their names without ".png"
+    measure(run, images)                  in place of the classifier's figures: a dict for metrics.json, written by
+                                          the caller, with "seconds" and "peak_rss" as `evaluation.evaluate` has them
+"""
 
 import importlib
 from typing import Any
 
 from fastgen.check import UserError
 
-# name on the command line -> module and class; a model is fit(images, out, resume=, trainer=), load(run, images),
-# sample(n, seed=)
-MODELS = {"glann": ("fastgen.models.glann", "GLANN")}
+# name on the command line -> module and class
+MODELS = {
+    "glann": ("fastgen.models.glann", "GLANN"),
+    "imle": ("fastgen.models.imle_image", "IMLE"),
+    "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
+    "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
+    "deep-frame": ("fastgen.models.frame", "DeepFRAME"),
+    "generative-convnet": ("fastgen.models.frame", "GenerativeConvNet"),
+    "wframe": ("fastgen.models.frame", "WFRAME"),
+}
+
+# `fastgen compare NAME`: a class with run(images, out, resume=, trainer=) -> dict, which writes compare.json and
+# pictures, and a function `table(dict)` beside it
+COMPARISONS = {"frame": ("fastgen.models.frame_compare", "CompareFRAME")}
 
 
-def model_class(name: str) -> Any:
-    """The class of a model by its name on the command line."""
-    if name not in MODELS:
-        raise UserError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
-    module, attribute = MODELS[name]
+def model_class(name: str, among: dict[str, tuple[str, str]] = MODELS) -> Any:
+    """The class of a model, or of a comparison, by its name on the command line."""
+    if name not in among:
+        raise UserError(f"model: expected one of {', '.join(among)}, got {name!r}")
+    module, attribute = among[name]
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

@@ -183,3 +183,21 @@ class GLANN:
         assert self.mapper is not None, "fit or load first"
         noise = torch.randn(n, self.arguments["noise_dim"], generator=torch.Generator().manual_seed(seed))
         return self.decode(in_batches(self.mapper, noise))
+
+    def reconstructions(self, images: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """`n` of the training images [N, C, H, W] and what the generator makes of their latents."""
+        assert self.latent is not None, "fit or load first"
+        some = slice(0, None, max(1, len(self.latent) // n))
+        return images[some][:n], self.decode(self.latent[some][:n])
+
+    def interpolations(self, rows: int, steps: int) -> Tensor:
+        """Images [rows · steps, C, H, W] along great circles between training images' latents."""
+        assert self.latent is not None, "fit or load first"
+        # Sorted by class, latents half the set apart belong to different ones.
+        ends = self.latent[:: max(1, len(self.latent) // (2 * rows))]
+        start, stop = ends[:rows], ends[rows : 2 * rows]
+        angle = (start * stop).sum(1, keepdim=True).clamp(-1, 1).acos()  # [rows, 1]
+        share = torch.linspace(0, 1, steps)
+        weight = torch.stack([((1 - share) * angle).sin(), (share * angle).sin()]) / angle.sin()
+        path = weight[0, ..., None] * start[:, None] + weight[1, ..., None] * stop[:, None]
+        return self.decode(path.flatten(0, 1))

@@ -1,6 +1,7 @@
 """The small networks of the models: image generator, noise mapper, classifier."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as tf
@@ -48,6 +49,25 @@ class Mapper(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         return tf.normalize(self.body(noise), dim=1)
+
+
+class ImageMLP(nn.Module):
+    """Code [N, code_dim] -> image [N, C, H, W] in (0, 1): hidden layers with LayerNorm and ReLU, a sigmoid at the end.
+
+    No layer looks at the rest of the batch: an image is a function of its code alone, in training as in a search.
+    """
+
+    def __init__(self, code_dim: int, shape: tuple[int, int, int], hidden: int, layers: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.body = nn.Sequential()
+        for before, after in itertools.pairwise([code_dim] + [hidden] * layers):
+            self.body += nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU())
+        self.body.append(nn.Linear(hidden, math.prod(shape)))
+
+    def forward(self, code: Tensor) -> Tensor:
+        image: Tensor = self.body(code).sigmoid().unflatten(1, self.shape)
+        return image
 
 
 class ConvClassifier(nn.Module):

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from fastgen import __version__
 from fastgen.check import UserError
+from fastgen.models import processes
 
 
 class Run:
@@ -79,11 +80,19 @@ class Run:
         return state
 
     def fit(
-        self, stage: str, module: LightningModule, loader: DataLoader, epochs: int, options: dict[str, Any]
+        self,
+        stage: str,
+        module: LightningModule,
+        loader: "DataLoader | ResumableBatches",
+        epochs: int,
+        options: dict[str, Any],
+        *,
+        every: int | None = None,
     ) -> None:
         """Train `module` to `epochs` with Lightning, from the stage's checkpoint where there is one.
 
         options: more arguments for lightning.Trainer; its callbacks and loggers are added to ours
+        every: also keep a checkpoint each so many steps, in the middle of an epoch: `loader` is `ResumableBatches`
         """
         file = self.checkpoint(stage)
         found: str | None = None
@@ -91,6 +100,8 @@ class Run:
             read_checkpoint(file)  # a file cut short is named before Lightning meets it
             found = str(file)
         options = dict(options)
+        if int(os.environ.get("WORLD_SIZE", "1")) > processes.size():
+            raise UserError(f"this model trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         loggers = options.pop("logger", None) or []
         callbacks = options.pop("callbacks", None) or []
         plugins = options.pop("plugins", None) or []
@@ -99,14 +110,16 @@ class Run:
             logger=[CSVLogger(self.path / "logs", name=stage), *(loggers if isinstance(loggers, list) else [loggers])],
             callbacks=[
                 ModelCheckpoint(dirpath=file.parent, filename=file.stem, enable_version_counter=False),
+                *([MidEpoch(file, every)] if every else []),
                 *([TQDMProgressBar(refresh_rate=20)] if options.get("enable_progress_bar", True) else []),
                 *(callbacks if isinstance(callbacks, list) else [callbacks]),
             ],
             plugins=[WholeFiles(), *(plugins if isinstance(plugins, list) else [plugins])],
             **{"enable_model_summary": False, "log_every_n_steps": len(loader), **options},
         )
-        if trainer.world_size > 1:
-            raise UserError(f"trainer.devices: this model trains in one process, got {trainer.world_size}")
+        if trainer.world_size > processes.size():
+            joined = f"torchrun started {processes.size()}" if processes.size() > 1 else "this is one"
+            raise UserError(f"trainer.devices: expected as many processes as run, {joined}; got {trainer.world_size}")
         trainer.fit(module, loader, ckpt_path=found, weights_only=True)
         # Lightning returns as if all were well after Ctrl-C and SIGTERM.
         if trainer.current_epoch < epochs:
@@ -159,6 +172,17 @@ class WholeFiles(TorchCheckpointIO):
         os.replace(part, file)
 
 
+class MidEpoch(Callback):
+    """Keeps a stage's checkpoint each `every` steps; the epoch's end has its own."""
+
+    def __init__(self, file: Path, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_number: int) -> None:
+        if (batch_number + 1) % self.every == 0 and batch_number + 1 < trainer.num_training_batches:
+            trainer.save_checkpoint(self.file)
+
+
 class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
     """Shuffled batches of row numbers; the order depends on (seed, epoch) alone, so that a resumed run repeats it."""
 
@@ -180,6 +204,31 @@ class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
 class _Rows(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
+
+
+class ResumableBatches:
+    """`EpochBatches` as a loader whose place is kept in Lightning's checkpoints; each process gets its share of a
+    batch, every batch the same for any number of them."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.sampler = EpochBatches(rows, batch_size, seed)  # where Lightning looks for set_epoch
+        self.skip = self.taken = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        skip, self.skip = self.skip, 0
+        for number, rows in enumerate(self.sampler):
+            if number >= skip:
+                self.taken = number + 1
+                yield rows[processes.rank() :: processes.size()]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skip = state["taken"]
 
 
 def row_loader(rows: int, batch_size: int, seed: int) -> DataLoader:
@@ -205,6 +254,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
+    if processes.rank() > 0:
+        return
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, file)

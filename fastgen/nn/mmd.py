@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.mmd import ESTIMATORS, PRECISIONS, Kernel, mmd, resolve
+from fastgen.functional.mmd import ESTIMATORS, PRECISIONS, mmd
+from fastgen.functional.mmd_kernels import Kernel, resolve
 
 
 class MMDLoss(nn.Module):

@@ -1,10 +1,11 @@
-"""fastgen::langevin_step_ and langevin_noise_: the Langevin update in place, and its noise alone.
+"""fastgen::langevin_step_ and langevin_noise_: the Langevin update in place, and its noise alone (words, for int32).
 
 A seed or step travels as an integer (the seed's 64 bits as a signed number), or as a 0-d int64 tensor that the kernel
 itself reads, so that a CUDA graph can advance it; the integer is then not looked at.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,17 @@ from fastgen.reference import langevin as reference
 torch.library.define(
     "fastgen::langevin_step_",
     "(Tensor(a!) x, Tensor grad, Tensor? chain_id, Tensor? step_sizes, Tensor? noise_scales, Tensor? seed_tensor, "
-    "Tensor? step_tensor, Tensor(b!)? lookahead_out, float step_size, float noise_scale, float precision, "
+    "Tensor? step_tensor, Tensor(b!)? lookahead_out, Tensor(c!)? stats, "
+    "float step_size, float noise_scale, float precision, "
     "float grad_clip, float low, float high, float lookahead, bool noise_first, SymInt seed, SymInt step) -> ()",
 )
 torch.library.define(
     "fastgen::langevin_noise_",
-    "(Tensor(a!) out, Tensor? chain_id, Tensor? seed_tensor, Tensor? step_tensor, SymInt seed, SymInt step) -> ()",
+    "(Tensor(a!) out, Tensor? chain_id, Tensor? seed_tensor, Tensor? step_tensor, SymInt seed, SymInt step, "
+    "int purpose=0) -> ()",
 )
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 0}
 _UNSIGNED = 2**64 - 1
 
 
@@ -31,11 +34,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _host(tensor: Tensor | None, value: int) -> int:
+def host(tensor: Tensor | None, value: int) -> int:
     return value if tensor is None else int(tensor)
 
 
-def _chains(x: Tensor, chain_id: Tensor | None) -> Tensor:
+def chains(x: Tensor, chain_id: Tensor | None) -> Tensor:
     return torch.arange(len(x), device=x.device) if chain_id is None else chain_id
 
 
@@ -49,6 +52,7 @@ def _step(
     seed_tensor: Tensor | None,
     step_tensor: Tensor | None,
     lookahead_out: Tensor | None,
+    stats: Tensor | None,
     step_size: float,
     noise_scale: float,
     precision: float,
@@ -65,7 +69,7 @@ def _step(
         reference.step_(
             x,
             grad,
-            _chains(x, chain_id),
+            chains(x, chain_id),
             step_size if step_sizes is None else step_sizes,
             noise_scale if noise_scales is None else noise_scales,
             precision,
@@ -73,24 +77,28 @@ def _step(
             low,
             high,
             noise_first,
-            _host(seed_tensor, seed) & _UNSIGNED,
-            _host(step_tensor, step),
+            host(seed_tensor, seed) & _UNSIGNED,
+            host(step_tensor, step),
             lookahead,
             lookahead_out,
+            stats,
         )
         return
-    state = x.contiguous()
+    state, slope = x.contiguous(), grad.contiguous()
     ahead = None if lookahead_out is None else lookahead_out.contiguous()
+    found = None if stats is None else stats.new_zeros(stats.shape, dtype=torch.float64)
     per_chain = [None if t is None else t.contiguous() for t in (chain_id, step_sizes, noise_scales)]
     scalars = (step_size, noise_scale, precision, grad_clip, low, high, lookahead)
     if kernel == "cpp":
-        _cpp(state, grad.contiguous(), ahead, per_chain, scalars, noise_first, seed_tensor, step_tensor, seed, step)
+        key = (host(seed_tensor, seed), host(step_tensor, step))
+        cpp("langevin", cpp_step(state, slope, ahead, found, per_chain, scalars, noise_first, *key))
     else:
         from fastgen.kernels import langevin as kernels
 
-        kernels.step_(
-            state, grad.contiguous(), ahead, *per_chain, seed_tensor, step_tensor, *scalars, noise_first, seed, step
-        )
+        tensors = (ahead, found, *per_chain, seed_tensor, step_tensor)
+        kernels.step_(state, slope, *tensors, *scalars, noise_first, seed, step)
+    if stats is not None and found is not None:
+        stats.copy_(found)
     if state is not x:
         x.copy_(state)
     if lookahead_out is not None and ahead is not None and ahead is not lookahead_out:
@@ -105,23 +113,28 @@ def _noise(
     step_tensor: Tensor | None,
     seed: int,
     step: int,
+    purpose: int = 0,
 ) -> None:
     kernel = backend.choose("langevin", out.device)
     if kernel == "reference":
-        elements = math.prod(out.shape[1:])
-        seed = _host(seed_tensor, seed) & _UNSIGNED
-        noise = reference.normals(elements, _chains(out, chain_id), seed, _host(step_tensor, step))
-        out.copy_(noise.view(out.shape))
+        elements, ids = math.prod(out.shape[1:]), chains(out, chain_id)
+        key = (host(seed_tensor, seed) & _UNSIGNED, host(step_tensor, step), purpose)
+        if out.dtype == torch.int32:
+            made = reference.words(elements, ids, *key).flatten(1)[:, :elements].to(torch.int32)
+        else:
+            made = reference.normals(elements, ids, *key)
+        out.copy_(made.view(out.shape))
         return
     state = out.contiguous()
     chain_id = None if chain_id is None else chain_id.contiguous()
     if kernel == "cpp":
-        none = (0.0,) * 7
-        _cpp(state, None, None, [chain_id, None, None], none, False, seed_tensor, step_tensor, seed, step)
+        key = (host(seed_tensor, seed), host(step_tensor, step), purpose)
+        step_of = cpp_step(state, None, None, None, [chain_id, None, None], (0.0,) * 7, False, *key)
+        cpp("langevin_words" if out.dtype == torch.int32 else "langevin", step_of)
     else:
         from fastgen.kernels import langevin as kernels
 
-        kernels.noise_(state, chain_id, seed_tensor, step_tensor, seed, step)
+        kernels.noise_(state, chain_id, seed_tensor, step_tensor, seed, step, purpose=purpose)
     if state is not out:
         out.copy_(state)
 
@@ -136,6 +149,7 @@ def _step_fake(
     seed_tensor: Tensor | None,
     step_tensor: Tensor | None,
     lookahead_out: Tensor | None,
+    stats: Tensor | None,
     step_size: float,
     noise_scale: float,
     precision: float,
@@ -158,34 +172,42 @@ def _noise_fake(
     step_tensor: Tensor | None,
     seed: int,
     step: int,
+    purpose: int = 0,
 ) -> None:
     torch._check(out.ndim >= 1)
 
 
-def _cpp(
+def cpp(name: str, *arguments: Any) -> None:
+    extension = backend.extension()
+    assert extension is not None
+    getattr(extension, name)(*arguments)
+
+
+def cpp_step(
     x: Tensor,
     grad: Tensor | None,
     lookahead_out: Tensor | None,
+    stats: Tensor | None,
     per_chain: list[Tensor | None],
     scalars: tuple[float, ...],
     noise_first: bool,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
     seed: int,
     step: int,
-) -> None:
+    purpose: int = reference.PURPOSE_NOISE,
+) -> Any:
+    """The extension's LangevinStep: pointers to contiguous tensors, which the caller keeps alive."""
     extension = backend.extension()
     assert extension is not None
-    pointers = [0 if t is None else t.data_ptr() for t in (x, grad, lookahead_out, *per_chain)]
-    chains = len(x)
-    extension.langevin(
+    pointers = [0 if t is None else t.data_ptr() for t in (x, grad, lookahead_out, stats, *per_chain)]
+    count = len(x)
+    return extension.LangevinStep(
         *pointers,
-        chains,
-        x.numel() // chains if chains else 0,
+        count,
+        x.numel() // count if count else 0,
         *scalars,
         noise_first,
-        _host(seed_tensor, seed) & _UNSIGNED,
-        reference.PURPOSE_NOISE << 28 | _host(step_tensor, step) % reference.STEPS,
+        seed & _UNSIGNED,
+        purpose << 28 | step % reference.STEPS,
         _TYPES[x.dtype],
         torch.get_num_threads(),
     )

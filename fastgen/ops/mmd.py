@@ -1,4 +1,5 @@
-"""fastgen::mmd_value, mmd_value_grad_x and mmd_value_grad: MMD², and with it the unit gradients of the points.
+"""fastgen::mmd_value, mmd_value_grad_x and mmd_value_grad: MMD², and with it the unit gradients of the points; and
+fastgen::mmd_hessian_product, how those gradients change along given directions.
 
 Three ops of fixed arity: only the side that needs a gradient is paid for. A gradient in y alone is mmd_value_grad_x of
 the swapped arguments. Points are [N, D] or [B, N, D]; values and gradients come in float64 for float64 points, else in
@@ -6,7 +7,7 @@ float32 (a unit gradient is of order 1/N: float16 would lose it).
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,12 +15,22 @@ from torch import Tensor
 from fastgen.ops import backend
 from fastgen.reference import mmd as reference
 
-_ARGUMENTS = "(Tensor x, Tensor y, str kind, float[] parameters, str estimator, str precision)"
+_OPTIONS = (
+    "str kind, float[] parameters, str estimator, str precision, "
+    "Tensor? x_weight=None, Tensor? y_weight=None, Tensor? coefficients=None, int terms=7"
+)
+ALL = reference.ALL
+accumulator = reference.accumulator
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
+_IN_CPP = ("imq", "rbf")
+_IN_TRITON = ("imq", "rbf")
 
-torch.library.define("fastgen::mmd_value", f"{_ARGUMENTS} -> Tensor")
-torch.library.define("fastgen::mmd_value_grad_x", f"{_ARGUMENTS} -> (Tensor, Tensor)")
-torch.library.define("fastgen::mmd_value_grad", f"{_ARGUMENTS} -> (Tensor, Tensor, Tensor)")
+torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
+torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define("fastgen::mmd_value_grad", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "fastgen::mmd_hessian_product", f"(Tensor x, Tensor y, Tensor vx, Tensor? vy, {_OPTIONS}) -> (Tensor, Tensor)"
+)
 
 
 def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, float] | None:
@@ -36,28 +47,25 @@ def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, floa
     return middle, b1, b2, b3
 
 
-def _run(
-    x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str, precision: str, sides: int
-) -> tuple[Tensor, ...]:
+def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Options) -> tuple[Tensor, ...]:
     """The value and the gradients of the first `sides` of x and y."""
-    chosen = "reference" if kind == "polynomial" else backend.choose("mmd", x.device)
-    if chosen == "cpp":
-        return _cpp(x, y, kind, parameters, estimator, sides)
-    if chosen == "triton":
+    chosen = backend.choose("mmd", x.device)
+    if chosen == "cpp" and options.kind in _IN_CPP and options.x_weight is None and options.coefficients is None:
+        return _cpp(x, y, sides, options)
+    if chosen == "triton" and options.kind in _IN_TRITON and options.x_weight is None and options.coefficients is None:
         from fastgen.kernels import launch
 
         if launch.mmd_fits(x):
-            return launch.mmd(x, y, kind, parameters, inverse_pairs(parameters), estimator, precision, sides)
+            pairs = inverse_pairs(options.parameters)
+            return launch.mmd(x, y, options.kind, options.parameters, pairs, options.estimator, precision, sides)
     if sides == 0:
-        return (reference.value(x, y, kind, parameters, estimator),)
+        return (reference.value(x, y, options),)
     if sides == 1:
-        return reference.value_grad_x(x, y, kind, parameters, estimator)
-    return reference.value_grad(x, y, kind, parameters, estimator)
+        return reference.value_grad_x(x, y, options)
+    return reference.value_grad(x, y, options)
 
 
-def _cpp(
-    x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str, sides: int
-) -> tuple[Tensor, ...]:
+def _cpp(x: Tensor, y: Tensor, sides: int, options: reference.Options) -> tuple[Tensor, ...]:
     extension = backend.extension()
     assert extension is not None
     dtype = reference.accumulator(x.dtype)
@@ -65,7 +73,7 @@ def _cpp(
     *batch, n, d = x.shape
     outputs = [torch.empty(batch, dtype=dtype)]
     outputs += [torch.empty_like(points) for points in (x, y)[:sides]]
-    pairs = inverse_pairs(parameters) if kind == "imq" else None
+    pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
     kernel = extension.mmd_f64 if dtype == torch.float64 else extension.mmd_f32
     kernel(
         x.data_ptr(),
@@ -75,28 +83,35 @@ def _cpp(
         n,
         y.shape[-2],
         d,
-        "imq_pairs" if pairs else kind,
-        pairs or parameters,
-        _ESTIMATORS[estimator],
+        "imq_pairs" if pairs else options.kind,
+        pairs or options.parameters,
+        _ESTIMATORS[options.estimator],
         torch.get_num_threads(),
     )
     return tuple(outputs)
 
 
-def _value(x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str, precision: str) -> Tensor:
-    return _run(x, y, kind, parameters, estimator, precision, 0)[0]
+def _value(x: Tensor, y: Tensor, kind: str, parameters: Any, estimator: str, precision: str, *rest: Any) -> Tensor:
+    return _run(x, y, 0, precision, reference.Options(kind, parameters, estimator, *rest))[0]
 
 
 def _value_grad_x(
-    x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str, precision: str
+    x: Tensor, y: Tensor, kind: str, parameters: Any, estimator: str, precision: str, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _run(x, y, kind, parameters, estimator, precision, 1)
+    return _run(x, y, 1, precision, reference.Options(kind, parameters, estimator, *rest))
 
 
 def _value_grad(
-    x: Tensor, y: Tensor, kind: str, parameters: Sequence[float], estimator: str, precision: str
+    x: Tensor, y: Tensor, kind: str, parameters: Any, estimator: str, precision: str, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _run(x, y, kind, parameters, estimator, precision, 2)
+    return _run(x, y, 2, precision, reference.Options(kind, parameters, estimator, *rest))
+
+
+def _hessian_product(
+    x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, kind: str, parameters: Any, estimator: str, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    # On every device as blocked matrix products, in full precision: `precision` is of no account here.
+    return reference.hessian_product(x, y, vx, vy, reference.Options(kind, parameters, estimator, *rest[1:]))
 
 
 def _vmap(*_: object) -> NoReturn:
@@ -104,7 +119,12 @@ def _vmap(*_: object) -> NoReturn:
     raise NotImplementedError("fastgen mmd: vmap is not built; what works: points of shape [B, N, D]")
 
 
-for _name, _kernel in (("value", _value), ("value_grad_x", _value_grad_x), ("value_grad", _value_grad)):
+for _name, _kernel in (
+    ("value", _value),
+    ("value_grad_x", _value_grad_x),
+    ("value_grad", _value_grad),
+    ("hessian_product", _hessian_product),
+):
     for _device in ("CPU", "CUDA"):
         torch.library.impl(f"fastgen::mmd_{_name}", _device)(_kernel)
     torch.library.register_vmap(f"fastgen::mmd_{_name}", _vmap)
@@ -115,24 +135,28 @@ def _like(points: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("fastgen::mmd_value")
-def _value_fake(x: Tensor, y: Tensor, kind: str, parameters: object, estimator: str, precision: str) -> Tensor:
+def _value_fake(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
     return _like(x, x.shape[:-2])
 
 
 @torch.library.register_fake("fastgen::mmd_value_grad_x")
-def _value_grad_x_fake(
-    x: Tensor, y: Tensor, kind: str, parameters: object, estimator: str, precision: str
-) -> tuple[Tensor, Tensor]:
+def _value_grad_x_fake(x: Tensor, y: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return _like(x, x.shape[:-2]), _like(x, x.shape)
 
 
 @torch.library.register_fake("fastgen::mmd_value_grad")
-def _value_grad_fake(
-    x: Tensor, y: Tensor, kind: str, parameters: object, estimator: str, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _value_grad_fake(x: Tensor, y: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x, x.shape[:-2]), _like(x, x.shape), _like(y, y.shape)
+
+
+@torch.library.register_fake("fastgen::mmd_hessian_product")
+def _hessian_product_fake(
+    x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return _like(x, x.shape), _like(y, [0] if vy is None else y.shape)
 
 
 value = torch.ops.fastgen.mmd_value.default
 value_grad_x = torch.ops.fastgen.mmd_value_grad_x.default
 value_grad = torch.ops.fastgen.mmd_value_grad.default
+hessian_product = torch.ops.fastgen.mmd_hessian_product.default

@@ -12,38 +12,54 @@ from torch import Tensor
 from fastgen.ops import backend
 from fastgen.reference import nearest as reference
 
-torch.library.define("fastgen::nearest", "(Tensor query, Tensor database, Tensor? mask, int k) -> Tensor")
+_ARGUMENTS = "(Tensor query, Tensor database, Tensor? mask, int k, float? exclude_radius, str precision)"
+torch.library.define("fastgen::nearest", f"{_ARGUMENTS} -> Tensor")
 torch.library.define("fastgen::nearest_distance", "(Tensor query, Tensor database, Tensor index) -> Tensor")
 
 
 WIDEST = 1 << 20  # columns for which the C++ filter's integers provably fit
 
 
-def _nearest(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> Tensor:
-    return reference.certified(query, database, mask, k)[1]
-
-
-def _nearest_cpu(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> Tensor:
+def search(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> Tensor:
+    """Index [N, k]; with an exclude_radius −1 where fewer than k rows are left."""
+    chosen = backend.choose("nearest", query.device)
     module = backend.extension()
-    if backend.choose("nearest", query.device) != "cpp" or module is None or query.shape[1] > WIDEST:
-        return _nearest(query, database, mask, k)
-    return search(module, query, database, mask, k)
+    if chosen == "cpp" and module is not None and query.shape[1] <= WIDEST:
+        index = search_cpp(module, query, database, mask, k, exclude_radius, precision == "ieee")
+        if index is not None:
+            return index
+    return reference.search(query, database, mask, k, exclude_radius, precision)
 
 
-def search(module: Any, query: Tensor, database: Tensor, mask: Tensor | None, k: int, vnni: bool = True) -> Tensor:
-    """The C++ kernel; `vnni` False keeps to the instructions that every processor of its set has (tests)."""
+def search_cpp(
+    module: Any,
+    query: Tensor,
+    database: Tensor,
+    mask: Tensor | None,
+    k: int,
+    exclude_radius: float | None = None,
+    every_pair: bool = False,
+    vnni: bool = True,
+) -> Tensor | None:
+    """The C++ kernel, or None where magnitudes are beyond its integers' scales: float64 may still hold them.
+    `vnni` False keeps to the instructions that every processor of its set has (tests)."""
     if mask is not None:
         mask = mask.contiguous()
         reference.refuse_small_mask(mask, k)
-    index = torch.empty(query.shape[0], k, dtype=torch.int64)
-    distance = torch.empty(query.shape[0], k)
+    n, (m, d) = len(query), database.shape
+    index = torch.full((n, k), -1)
+    distance = torch.zeros(n, k)
+    rejected = None if exclude_radius is None else torch.zeros(m, dtype=torch.bool)
     wide_query, wide_database = _wide(query), _wide(database)
     outcome, row = module.nearest(
         wide_query.data_ptr(),
         wide_database.data_ptr(),
         wide_query.dtype == torch.float64,
-        *wide_query.shape[:1],
-        *wide_database.shape,
+        n,
+        m,
+        d,
         k,
         0 if mask is None else mask.data_ptr(),
         mask is not None and mask.ndim == 2,
@@ -51,11 +67,38 @@ def search(module: Any, query: Tensor, database: Tensor, mask: Tensor | None, k:
         distance.data_ptr(),
         torch.get_num_threads(),
         vnni,
+        every_pair,
+        0.0 if exclude_radius is None else exclude_radius * exclude_radius,
+        0 if rejected is None else rejected.data_ptr(),
     )
-    if outcome == "overflow":  # magnitudes beyond its integers' scales: float64 may still hold them
-        return _nearest(query, database, mask, k)
+    if outcome == "overflow":
+        return None
     if outcome != "ok":
         reference.non_finite(outcome, row)
+    if rejected is None:
+        return index
+    # Of the answers outside a query's own radius, others may have rejected some: those queries look again.
+    again = (rejected[index] | (index < 0)).any(1).nonzero()[:, 0]
+    if len(again) == 0:
+        return index
+    left = ~rejected if mask is None else ~rejected & (mask if mask.ndim == 1 else mask[again])
+    enough = (left.sum(-1) >= k).expand(len(again))
+    index[again] = -1
+    again, left = again[enough], left if left.ndim == 1 else left[enough]
+    if len(again):
+        found = search_cpp(module, wide_query[again], wide_database, left, k, None, every_pair, vnni)
+        if found is None:
+            return None
+        index[again] = found
+    return index
+
+
+def _nearest(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> Tensor:
+    index = search(query, database, mask, k, exclude_radius, precision)
+    if exclude_radius is not None:
+        reference.refuse_few(index, exclude_radius)
     return index
 
 
@@ -84,14 +127,16 @@ def _wide(points: Tensor) -> Tensor:
     return points.to(torch.promote_types(points.dtype, torch.float32)).contiguous()
 
 
-torch.library.impl("fastgen::nearest", "CPU", _nearest_cpu)
+torch.library.impl("fastgen::nearest", "CPU", _nearest)
 torch.library.impl("fastgen::nearest", "CUDA", _nearest)
 torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance_cpu)
 torch.library.impl("fastgen::nearest_distance", "CUDA", reference.nearest_distance)
 
 
 @torch.library.register_fake("fastgen::nearest")
-def _nearest_fake(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> Tensor:
+def _nearest_fake(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> Tensor:
     torch._check(query.ndim == 2 and database.ndim == 2)
     return query.new_empty((query.shape[0], k), dtype=torch.int64)
 

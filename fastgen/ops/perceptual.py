@@ -1,4 +1,4 @@
-"""Ops `fastgen::lpips_layer` and `fastgen::feature_distance` with their gradients, all first order.
+"""Ops `fastgen::lpips_layer` and `fastgen::feature_distance` with their gradients, all first order; `lpips_project`.
 
 Both maps of a call have one shape, dtype and device. Values are float32 (float64 for float64); a gradient has the dtype
 and the strides of its map. Private: `fastgen.functional.perceptual` checks and differentiates.
@@ -17,6 +17,9 @@ _SCHEMAS = {
         "(Tensor grad, Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside) -> (Tensor, Tensor)"
     ),
     "lpips_layer_backward_weight": "(Tensor grad, Tensor f0, Tensor f1, float eps, bool eps_inside) -> Tensor",
+    "lpips_project": (
+        "(Tensor f, Tensor weight, SymInt dim, SymInt seed, int layer, float eps, bool eps_inside) -> Tensor"
+    ),
     "feature_distance": "(Tensor f0, Tensor f1, bool squared) -> Tensor",
     "feature_distance_backward": "(Tensor grad, Tensor f0, Tensor f1, bool squared) -> Tensor",
 }
@@ -88,6 +91,21 @@ def _lpips_layer_backward_weight(grad: Tensor, f0: Tensor, f1: Tensor, eps: floa
     return reference.lpips_layer_backward_weight(grad, f0, f1, eps, eps_inside)
 
 
+def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+    if backend.choose("perceptual", f.device) != "cpp":
+        return reference.lpips_project(f, weight, dim, seed, layer, eps, eps_inside)
+    extension = backend.extension()
+    assert extension is not None
+    n, c, h, w = f.shape
+    g = f.to(reference.wide(f.dtype)).contiguous()
+    weight = weight.to(g.dtype).contiguous()
+    out = g.new_empty(n, dim)
+    pointers = (g.data_ptr(), weight.data_ptr(), out.data_ptr())
+    sizes = (n, c, h * w, dim, layer, seed % 2**64)
+    extension.lpips_project(*pointers, *sizes, eps, eps_inside, g.dtype == torch.float64, torch.get_num_threads())
+    return out
+
+
 def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:
     """The value, or (with `grad`) the gradient of f0."""
     extension = backend.extension()
@@ -147,6 +165,11 @@ def _(grad: Tensor, f0: Tensor, f1: Tensor, eps: float, eps_inside: bool) -> Ten
     return f0.new_empty(f0.shape[1], dtype=reference.wide(f0.dtype))
 
 
+@torch.library.register_fake("fastgen::lpips_project")
+def _(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+    return f.new_empty(f.shape[0], dim, dtype=reference.wide(f.dtype))
+
+
 @torch.library.register_fake("fastgen::feature_distance")
 def _(f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
     return _values(f0)
@@ -161,5 +184,6 @@ lpips_layer = torch.ops.fastgen.lpips_layer
 lpips_layer_backward = torch.ops.fastgen.lpips_layer_backward
 lpips_layer_backward_both = torch.ops.fastgen.lpips_layer_backward_both
 lpips_layer_backward_weight = torch.ops.fastgen.lpips_layer_backward_weight
+lpips_project = torch.ops.fastgen.lpips_project
 feature_distance = torch.ops.fastgen.feature_distance
 feature_distance_backward = torch.ops.fastgen.feature_distance_backward

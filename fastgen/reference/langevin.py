@@ -8,7 +8,8 @@
     normal(i) = n[i mod 4],   n0, n1 = pair(w0, w1),   n2, n3 = pair(w2, w3)
 
 i counts a chain's elements in row-major order whatever the strides. The purpose, the top 4 bits of the second counter
-word, is 0 for this noise; 1 to 15 are kept for other draws. pair(a, b) is Box–Muller on float32:
+word, is 0 for this noise, 1 for the draw that accepts a MALA step, 2 for a replay buffer's decisions, 3 for its fresh
+values; 4 to 15 are kept. pair(a, b) is Box–Muller on float32:
 
     u = float32((a >> 1) | 1)·2⁻³¹                 31 bits, the midpoints of 2³⁰ cells, then rounded to float32; never 0
     r = √(−2 ln u),  negated if bit 31 of b is set                                                   r <= 6.5555415
@@ -28,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-PURPOSE_NOISE = 0
+PURPOSE_NOISE, PURPOSE_ACCEPT, PURPOSE_DECIDE, PURPOSE_FRESH = 0, 1, 2, 3
 STEPS = 2**28
 LOW = 0xFFFFFFFF
 
@@ -109,9 +110,9 @@ def words(elements: int, chain_id: Tensor, seed: int, step: int, purpose: int = 
     return torch.stack(philox(group, second, chain & LOW, chain >> 32 & LOW, seed), dim=-1)
 
 
-def normals(elements: int, chain_id: Tensor, seed: int, step: int) -> Tensor:
+def normals(elements: int, chain_id: Tensor, seed: int, step: int, purpose: int = PURPOSE_NOISE) -> Tensor:
     """chain_id [C] int64 -> [C, elements] float32 of stream v1."""
-    w = words(elements, chain_id, seed, step)
+    w = words(elements, chain_id, seed, step, purpose)
     n0, n1 = pair(w[..., 0], w[..., 1])
     n2, n3 = pair(w[..., 2], w[..., 3])
     return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :elements]
@@ -138,6 +139,7 @@ def step_(
     step: int,
     lookahead: float = 0.0,
     lookahead_out: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     """In place on x [C, ...]. Scalars are rounded to the compute type: float64 for float64, else float32.
 
@@ -145,6 +147,7 @@ def step_(
     y = x − step_size·d                                                (bounded here too if noise_first)
     x = bound(y + noise_scale·ε, low, high)                            (no noise at noise_scale 0)
     lookahead_out = x_before − lookahead·d
+    stats [C, 3] = ‖grad‖₂, the elements that a bound moved, those that were not finite before it or are not as stored
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = [-1] + [1] * (x.ndim - 1)
@@ -155,7 +158,7 @@ def step_(
     if lookahead_out is not None:
         lookahead_out.copy_(before - d * lookahead)
     h = step_size.to(compute).view(shape) if isinstance(step_size, Tensor) else step_size
-    y = before - d * h
+    y = moved = before - d * h
     if noise_first:
         y = bound(y, low, high)
     if isinstance(noise_scale, Tensor) or noise_scale != 0:
@@ -163,3 +166,10 @@ def step_(
         s = noise_scale.to(compute).view(shape) if isinstance(noise_scale, Tensor) else noise_scale
         y = y + normals(elements, chain_id, seed, step).view(x.shape).to(compute) * s
     x.copy_(bound(y, low, high))
+    if stats is not None:
+        clamped, wrong = (y < low) | (y > high), ~(y.isfinite() & moved.isfinite() & x.isfinite())
+        if noise_first:
+            clamped |= (moved < low) | (moved > high)
+        rows = (grad.double().square(), clamped, wrong)
+        norm, *counts = (row.reshape(len(x), math.prod(x.shape[1:])).double().sum(1) for row in rows)
+        stats.copy_(torch.stack((norm.sqrt(), *counts), dim=1))

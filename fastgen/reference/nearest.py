@@ -58,8 +58,50 @@ def exhaustive(query: Tensor, database: Tensor, allowed: Tensor | None, k: int) 
             best = torch.cat([distance[here], block], 1).sort(dim=1, stable=True)
             distance[here] = best.values[:, :k]
             index[here] = torch.cat([index[here], ids], 1).gather(1, best.indices[:, :k])
-    refuse_overflow(distance)
     return distance, index
+
+
+def search(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> Tensor:
+    """Index [N, k] of the answer; with a radius −1 where fewer than k rows are left."""
+    rows = allowed_rows(mask, len(database), k)
+    refuse_non_finite("query", query, None)
+    refuse_non_finite("database", database, rows)
+    if exclude_radius is not None:
+        mask = ~rejected(query, database, mask, exclude_radius) & (True if mask is None else mask)
+        return remaining(query, database, mask, k, precision)
+    if precision == "certified":
+        distance, index = certified(query, database, mask, k)
+    else:
+        # What is not finite is masked: it must not meet the sums.
+        hidden = database if rows is None else database.masked_fill(~_among(rows, len(database))[:, None], 0)
+        distance, index = exhaustive(query, hidden, mask, k)
+    refuse_overflow(distance)
+    return index
+
+
+def remaining(query: Tensor, database: Tensor, mask: Tensor, k: int, precision: str) -> Tensor:
+    """Index [N, k] among the rows that `mask` [M] or [N, M] leaves; −1 for queries that it leaves fewer than k."""
+    enough = (mask.sum(-1) >= k).expand(len(query))
+    index = torch.full((len(query), k), -1, device=query.device)
+    if enough.any():
+        index[enough] = search(query[enough], database, mask if mask.ndim == 1 else mask[enough], k, None, precision)
+    return index
+
+
+def rejected(query: Tensor, database: Tensor, mask: Tensor | None, radius: float) -> Tensor:
+    """[M] bool: rows with a distance below radius² to some query that may choose them."""
+    rows = allowed_rows(mask, len(database), 1)
+    points = database if rows is None else database[rows]
+    askers = None if mask is None or mask.ndim == 1 else (mask if rows is None else mask[:, rows]).T
+    near = certified(points, query, askers, 1)[0][:, 0].double() < radius * radius
+    return near if rows is None else _among(rows[near], len(database))
+
+
+def _among(rows: Tensor, m: int) -> Tensor:
+    """[M] bool: is the row one of `rows`?"""
+    return torch.zeros(m, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
 
 
 def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -72,8 +114,6 @@ def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> t
     k-th direct distance by more than float32 rounding can hide; the others are searched exhaustively.
     """
     rows = allowed_rows(mask, len(database), k)
-    refuse_non_finite("query", query, None)
-    refuse_non_finite("database", database, rows)
     points = database if rows is None else database[rows]
     centre = points.mean(0, dtype=torch.float64)
     points_centred = points.double() - centre
@@ -117,7 +157,6 @@ def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> t
             among = None if allowed is None else allowed[here][open_rows]
             found = exhaustive(query[here][open_rows], points, among, k)
             distance[open_rows + top], index[open_rows + top] = found
-    refuse_overflow(distance)
     return distance, index if rows is None else rows[index]
 
 
@@ -141,9 +180,7 @@ def refuse_small_mask(mask: Tensor, k: int) -> None:
 def refuse_non_finite(name: str, value: Tensor, rows: Tensor | None) -> None:
     bad = ~value.isfinite().all(1)
     if rows is not None:
-        kept = torch.zeros_like(bad)
-        kept[rows] = True
-        bad &= kept
+        bad &= _among(rows, len(bad))
     if bad.any():
         non_finite(name, int(bad.nonzero()[0, 0]))
 
@@ -151,6 +188,15 @@ def refuse_non_finite(name: str, value: Tensor, rows: Tensor | None) -> None:
 def non_finite(name: str, row: int) -> NoReturn:
     hint = "" if name == "query" else " (mask can leave rows out)"
     raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}{hint}")
+
+
+def refuse_few(index: Tensor, exclude_radius: float) -> None:
+    if (index < 0).any():
+        query, k = int((index < 0).any(1).nonzero()[0, 0]), index.shape[1]
+        raise ValueError(
+            f"exclude_radius: expected a radius that leaves {k} rows of database for each query, but {exclude_radius} "
+            f"leaves fewer for query {query}: take a lower radius or a larger database"
+        )
 
 
 def refuse_overflow(distance: Tensor) -> None:

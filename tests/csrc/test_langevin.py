@@ -112,6 +112,34 @@ def test_a_million_normals(extension: ModuleType) -> None:
     assert torch.equal(cpp_noise((2, 2**19), None, 7, 1), reference.normals(2**19, torch.arange(2), 7, 1))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (37, 4), (301, 7), (2, 1023), (3, 4097), (0, 5), (4, 0)])
+def test_raw_words_are_the_references(extension: ModuleType, shape: tuple[int, int]) -> None:
+    out, chain_id = torch.full(shape, -1, dtype=torch.int32), torch.randint(2**62, (shape[0],))
+    for purpose in (0, 3):
+        with backend.force("cpp"):
+            torch.ops.fastgen.langevin_noise_(out, chain_id, None, None, 77, 5, purpose)
+        expected = reference.words(shape[1], chain_id, 77, 5, purpose).flatten(1)[:, : shape[1]]
+        assert torch.equal(out.long() % 2**32, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(41, 7), (3, 1023), (2, 9001)])
+def test_statistics_are_the_same_on_every_instruction_set(
+    extension: ModuleType, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """To the bit: the sums go in a fixed number of lanes. The baseline is the measure, the reference the meaning."""
+    x, grad, wide = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), extension.isa()
+    options = {"low": -0.5, "high": 1.0, "noise_first": True, "precision": 0.3}
+    found = []
+    for isa, kernel in ((wide, "cpp"), ("baseline", "cpp"), (wide, "reference")):
+        extension.set_isa(isa)
+        found.append(torch.zeros(shape[0], 3, dtype=torch.float64))
+        call(kernel, x.clone(), grad, None, options, found[-1])
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-14, atol=0)
+    assert found[0][:, 1].sum() > 0.1 * x.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_noise_is_widened_or_rounded_to_nearest(extension: ModuleType, dtype: torch.dtype) -> None:
     assert torch.equal(
@@ -153,7 +181,9 @@ def same_but_nan(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(integers)[~a.isnan()], b.view(integers)[~b.isnan()])
 
 
-def call(kernel: str, x: Tensor, grad: Tensor, ahead: Tensor | None, options: dict[str, Any]) -> None:
+def call(
+    kernel: str, x: Tensor, grad: Tensor, ahead: Tensor | None, options: dict[str, Any], stats: Tensor | None = None
+) -> None:
     chosen = {
         "step_size": 0.013, "noise_scale": 0.11, "precision": 0.0, "grad_clip": INF, "low": -INF, "high": INF,
         "lookahead": 0.0, "noise_first": False, **options,
@@ -164,7 +194,7 @@ def call(kernel: str, x: Tensor, grad: Tensor, ahead: Tensor | None, options: di
         if chosen[name] == "chain":
             chosen[name], per_chain[i] = 0.0, torch.linspace(0.01, 0.4, len(x), dtype=compute) * (i + 1)
     with backend.force(kernel):
-        torch.ops.fastgen.langevin_step_(x, grad, None, *per_chain, None, None, ahead, *chosen.values(), 99, 5)
+        torch.ops.fastgen.langevin_step_(x, grad, None, *per_chain, None, None, ahead, stats, *chosen.values(), 99, 5)
 
 
 def test_every_half_is_read_and_written_exactly(extension: ModuleType) -> None:

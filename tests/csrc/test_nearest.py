@@ -15,7 +15,9 @@ def search(request):
         _C.set_isa(request.param[0])
     except ValueError as error:
         pytest.skip(str(error))
-    yield lambda q, b, k=1, mask=None: ops.search(_C, q, b, mask, k, vnni=request.param[1])
+    yield lambda q, b, k=1, mask=None, radius=None, every_pair=False: ops.search_cpp(
+        _C, q, b, mask, k, radius, every_pair, vnni=request.param[1]
+    )
     _C.set_isa(before)
 
 
@@ -56,13 +58,89 @@ def test_masks(oracle, search):
         assert torch.equal(search(query, database, 2, mask), oracle.nearest(query, database, 2, mask)[1])
 
 
+def on_the_grid(query, database, steps=32700):  # nearest.cpp's STEPS
+    """Points in units of 2^-10 that the filter, told a norm of `steps` units by a row of its own, scales by 1024; the
+    database comes once with each sign, so that its centre is zero."""
+    database = torch.cat([database, -database, steps * torch.eye(query.shape[1])[:1] * torch.tensor([[1.0], [-1.0]])])
+    return query / 1024, database / 1024
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, 150])
+def test_the_bound_is_needed_nearly_whole(oracle, search, k):
+    """Rounding errors that all point one way, as Cauchy and Schwarz allow: the filter's keys favour the wrong rows by
+    0.95 times the slack that the bound gives them."""
+    d, half = 16, 8175  # 16 · 8175² = 32700²
+    query = torch.full((30, d), 0.49)
+    query[:, 0] += 1e-3 * torch.arange(30)
+    right, wrong = torch.full((k, d), float(half)), torch.full((k, d), -float(half))
+    wrong[:, 1:] += 1
+    query, database = on_the_grid(query, torch.cat([right, wrong]))
+    assert torch.equal(search(query, database, k), oracle.nearest(query, database, k)[1])
+
+
+def test_the_slack_of_the_kth(oracle, search):
+    """Many rows at nearly one distance: the k-th by rounded keys is not the k-th."""
+    query, database = torch.randn(120, 12), torch.randn(1000, 12)
+    for k in (100, 400):
+        assert torch.equal(search(query, database, k), oracle.nearest(query, database, k)[1])
+
+
+def test_a_row_that_is_all_in_one_coordinate(oracle, search):
+    """Its integer is the largest there is: one step more would be a number of the other sign."""
+    axes = torch.cat([torch.eye(6), -torch.eye(6)])
+    database = torch.cat([0.5 * axes, 3.0 * axes, 0.6 * axes])
+    for scale in (2.0, 2.6, 3.0, 3.7):
+        for k in (1, 3):
+            assert torch.equal(search(scale * axes, database, k), oracle.nearest(scale * axes, database, k)[1])
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_radius(oracle, search, dtype, k):
+    """From a radius that rejects nothing to one that leaves few rows; more rows within it than a list holds."""
+    query, database = torch.randn(70, 3, dtype=dtype), torch.randn(1500, 3, dtype=dtype)
+    for radius in (1e-3, 0.1, 0.3, 0.6):
+        left = oracle.left(query, database, None, radius)[0].sum()
+        assert left >= k
+        assert torch.equal(
+            search(query, database, k, None, radius), oracle.nearest(query, database, k, None, radius)[1]
+        )
+
+
+def test_radius_with_masks(oracle, search):
+    query = torch.randn(50, 3)
+    for mask in (torch.rand(400) > 0.4, torch.rand(50, 400) > 0.6):
+        database = torch.randn(400, 3)
+        database[~mask.view(-1, 400).any(0)] = torch.nan
+        got = search(query, database, 2, mask, 0.5)
+        assert torch.equal(got, oracle.nearest(query, database, 2, mask, 0.5)[1])
+
+
+def test_a_radius_is_strict(search):
+    """Rows at the radius itself stay; a query has no answer where fewer than k rows are left."""
+    query, database = torch.zeros(2, 2), torch.tensor([[1.0, 0], [0, 1.25], [0, 3]])
+    assert search(query, database, 1, None, 1.25).tolist() == [[1], [1]]
+    assert search(query, database, 2, None, 1.25).tolist() == [[1, 2]] * 2
+    assert search(query, database, 3, None, 1.25).tolist() == [[-1] * 3] * 2
+    assert search(query, database, 1, None, 4.0).tolist() == [[-1], [-1]]
+    assert search(query, database, 3, None, 1.0).tolist() == [[0, 1, 2]] * 2
+
+
+def test_every_pair(oracle, search):
+    query, database = torch.randint(-2, 3, (40, 5)).float(), torch.randint(-2, 3, (700, 5)).float()
+    mask = torch.rand(40, 700) > 0.5
+    for k, allowed, radius in ((1, None, None), (90, mask, None), (3, mask[0], 0.5), (1, mask, 0.5)):
+        expected = oracle.nearest(query, database, k, allowed, radius)[1]
+        assert torch.equal(search(query, database, k, allowed, radius, True), expected)
+
+
 def test_threads_agree(search):
     query, database = torch.randn(900, 20), torch.randn(3000, 20)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(search(query, database, 2))
+        results.append(torch.cat([search(query, database, 2), search(query, database, 2, None, 3.0)]))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen import functional as F
+from fastgen.ops import backend
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     ("given", "meant"),
     [
         ({"step_size": 0.3}, {"step_size": 0.3, "noise_scale": math.sqrt(0.6)}),
-        ({"step_size": 0.0, "noise_scale": 2.0}, {"step_size": 0.0, "noise_scale": 2.0}),
+        ({"step_size": 1e-9, "noise_scale": 2.0}, {"step_size": 1e-9, "noise_scale": 2.0}),
         ({"step_size": 0.3, "noise_scale": 0}, {"step_size": 0.3, "noise_scale": 0.0}),
         (same := {"step_size": 0.02, "noise_scale": 0.2, "prior_scale": 0.5}, same),
         (same := {"step_size": 1, "noise_scale": 0.1, "grad_clip": 0.2}, same),
@@ -66,6 +67,63 @@ def test_lookahead_is_a_step_without_noise_from_the_old_state() -> None:
     assert not torch.equal(x, start)
 
 
+@pytest.mark.parametrize("kernel", ["cpp", "reference"])
+@pytest.mark.parametrize("shape", [(1, 1), (7,), (5, 3, 7), (3, 1100), (2, 8193)])
+def test_statistics_in_the_same_pass(oracle: ModuleType, kernel: str, shape: tuple[int, ...]) -> None:
+    size = shape[1:] or (1,)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for noise_first in (False, True):
+            x, grad = draw(*shape, dtype=dtype)
+            plain, stats = x.clone(), torch.full((shape[0], 3), -1.0, dtype=torch.float64)
+            options: dict[str, Any] = {"step_size": 0.5, "noise_scale": 0.25, "clamp": (-1.0, 1.5), "seed": 11}
+            with backend.force(kernel):
+                F.langevin_step_(plain, grad, noise_first=noise_first, **options)
+                before = x.double().clone().reshape(shape[0], *size).numpy()
+                F.langevin_step_(x, grad, noise_first=noise_first, stats=stats, **options)
+            assert torch.equal(x, plain)
+            slope = grad.double().reshape(before.shape).numpy()
+            noise = oracle.normals(math.prod(size), list(range(shape[0])), 11, 0).reshape(before.shape)
+            expected = oracle.statistics(before, slope, noise, 0.5, 0.25, -1.0, 1.5, noise_first)
+            np.testing.assert_allclose(stats[:, 0], expected[:, 0], rtol=1e-13)
+            assert (stats[:, 1:].numpy() == expected[:, 1:]).all()
+            assert dtype == torch.float64 or shape[-1] < 1000 or stats[:, 1].min() > 0.02 * math.prod(size)
+
+
+def test_statistics_count_what_is_not_finite() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x, grad = torch.zeros(6, 1300, dtype=dtype), torch.zeros(6, 1300, dtype=dtype)
+        x[1, 5], grad[2, 7], grad[3, :3], x[4, 9] = math.nan, math.nan, math.inf, -math.inf
+        grad[5] = torch.finfo(dtype).max
+        for clamp, stats in ((None, torch.zeros(6, 3)), ((-1, 1), torch.zeros(6, 6)[:, ::2])):
+            F.langevin_step_(x.clone(), grad, step_size=1.5, noise_scale=0.1, clamp=clamp, seed=0, stats=stats)
+            # 1.5 times the largest is infinite before the clamp; float16's in float32 is not, and may be clamped.
+            overflow = 1300 if clamp is None or dtype in (torch.float64, torch.float32, torch.bfloat16) else 0
+            assert stats[:, 2].tolist() == [0, 1, 1, 3, 1, overflow]
+            assert stats[:2, 0].tolist() == [0, 0]
+            assert stats[2, 0].isnan()
+            assert stats[3, 0] == math.inf
+            assert stats[3, 1] == (0 if clamp is None else 3)
+    empty = torch.ones(2, 3)
+    F.langevin_step_(torch.zeros(2, 0), torch.zeros(2, 0), step_size=0.1, seed=0, stats=empty)
+    assert torch.equal(empty, torch.zeros(2, 3))
+
+
+def test_statistics_do_not_depend_on_threads_or_split() -> None:
+    x, grad = draw(9, 20_001)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.zeros(9, 3, dtype=torch.float64))
+            F.langevin_step_(x.clone(), grad, step_size=0.1, seed=0, stats=found[-1])
+    finally:
+        torch.set_num_threads(before)
+    part = torch.zeros(4, 3, dtype=torch.float64)
+    F.langevin_step_(x[5:].clone(), grad[5:], step_size=0.1, seed=0, stats=part)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][5:], part)
+
+
 def test_noise_first_closes_one_step_and_opens_the_next() -> None:
     """The loop of UvA's tutorial and IGEBM: noise, clamp, gradient there, step, clamp."""
     h, s = 0.2, 0.3
@@ -94,7 +152,7 @@ def test_noise_is_what_a_step_adds() -> None:
     x = torch.zeros(7, 3, 5)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         state = x.clone().to(dtype)
-        F.langevin_step_(state, state.clone(), step_size=0.0, noise_scale=1.0, seed=9, step=3)
+        F.langevin_step_(state, state.clone(), step_size=0.5, noise_scale=1.0, seed=9, step=3)
         assert torch.equal(state, F.langevin_noise(state, seed=9, step=3))
         assert torch.equal(state, F.langevin_noise((7, 3, 5), seed=9, step=3).to(dtype))
     assert F.langevin_noise([2, 2], seed=0, dtype=torch.float64).dtype == torch.float64
@@ -176,6 +234,32 @@ def test_normals_are_uncorrelated() -> None:
         assert abs(float((noise * other).mean())) < bound
 
 
+def test_neighbours_share_nothing() -> None:
+    """Seeds, steps and chains that differ by one: neither a normal in common nor a correlation, whatever the shift."""
+    n = 2**16
+    base = F.langevin_noise((1, n), seed=100, step=50, chain_id=torch.tensor([7]))[0]
+    known = set(base.view(torch.int32).tolist())
+    spectrum = torch.fft.rfft(base.double())
+    for seed, step, chain in ((99, 50, 7), (101, 50, 7), (100, 49, 7), (100, 51, 7), (100, 50, 6), (100, 50, 8)):
+        other = F.langevin_noise((1, n), seed=seed, step=step, chain_id=torch.tensor([chain]))[0]
+        # By chance some 60, for float32 is coarse in the tails; a shared counter word would give a quarter of n.
+        assert len(known & set(other.view(torch.int32).tolist())) < 150
+        shifted = torch.fft.irfft(spectrum * torch.fft.rfft(other.double()).conj(), n=n)  # every circular shift at once
+        assert shifted.abs().max() < 6.5 * math.sqrt(n)
+
+
+def test_chains_and_steps_are_normal_too() -> None:
+    """Moments across chains and across steps at a fixed element, where a weak counter would show first."""
+    across_chains = F.langevin_noise((2**18, 1), seed=6).flatten().double()
+    across_steps = torch.cat([F.langevin_noise((256, 1), seed=6, step=k).flatten() for k in range(1024)]).double()
+    across_seeds = torch.cat([F.langevin_noise((256, 1), seed=k).flatten() for k in range(1024)]).double()
+    for z in (across_chains, across_steps, across_seeds):
+        for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+            assert abs(float((z**power).mean()) - moment) < 4.5 * math.sqrt(variance / len(z))
+        for lag in (1, 2, 255, 256, 257):
+            assert abs(float((z[lag:] * z[:-lag]).mean())) < 4.5 / math.sqrt(len(z))
+
+
 def test_no_gradients() -> None:
     x, grad = draw(2, 3)
     with pytest.raises(RuntimeError, match=r"^x: langevin_step_ is not differentiable"):
@@ -199,7 +283,8 @@ def test_no_gradients() -> None:
         ({"grad": torch.zeros(2, 4)}, ValueError, "grad: expected the shape of x, [2, 3], got [2, 4]"),
         ({"grad": torch.zeros(2, 3).double()}, TypeError, "grad: expected float32, got float64"),
         ({"grad": torch.zeros(2, 3, device="meta")}, ValueError, "grad: expected the device of x, cpu, got meta"),
-        ({"step_size": -0.1}, ValueError, "step_size: expected a finite number >= 0.0, got -0.1"),
+        ({"step_size": -0.1}, ValueError, "step_size: expected a finite number > 0.0, got -0.1"),
+        ({"step_size": 0}, ValueError, "step_size: expected a finite number > 0.0, got 0"),
         ({"step_size": "a"}, TypeError, "step_size: expected a number, got str 'a'"),
         ({"step_size": torch.zeros(3)}, ValueError, "step_size: expected one for each chain, [2], got [3]"),
         ({"step_size": torch.zeros(2).half()}, TypeError, "step_size: expected float32, got float16"),
@@ -219,7 +304,9 @@ def test_no_gradients() -> None:
         ({"chain_id": torch.zeros(2)}, TypeError, "chain_id: expected int64, got float32"),
         ({"lookahead": 0.1}, TypeError, "lookahead: expected (beta, out), got float 0.1"),
         ({"lookahead": (0.1, torch.zeros(2, 4))}, ValueError, "lookahead[1]: expected the shape of x, [2, 3], got"),
-        ({"stats": torch.zeros(2, 3)}, NotImplementedError, "is not built yet; what works: stats=None"),
+        ({"stats": torch.zeros(2, 2)}, ValueError, "stats: expected shape [2, 3], got [2, 2]"),
+        ({"stats": torch.zeros(2, 3).half()}, TypeError, "stats: expected float32 or float64, got float16"),
+        ({"stats": torch.zeros(2, 3, device="meta")}, ValueError, "stats: expected the device of x, cpu, got meta"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )  # fmt: skip

@@ -168,6 +168,78 @@ def test_mask_that_forbids_the_nearest(oracle):
     assert_nearest(F.nearest(points, points, mask=mask), oracle.nearest(points, points, 1, mask))
 
 
+@pytest.mark.parametrize("data", [gaussian, offset, integers, outliers, copies, same], ids=lambda f: f.__name__)
+def test_radius(oracle, data):
+    query, database = data(37, 400, 6)
+    typical = oracle.nearest(query, database)[0].clamp_min(1e-30).sqrt().quantile(0.6).item()
+    for k, mask in ((1, None), (3, torch.rand(400) > 0.5), (2, torch.rand(37, 400) > 0.5)):
+        for radius in (typical / 4, typical):
+            left = oracle.left(query, database, mask, radius)
+            if left.sum(1).min() < k:
+                with pytest.raises(ValueError, match="exclude_radius: expected a radius that leaves"):
+                    F.nearest(query, database, k, mask=mask, exclude_radius=radius)
+                continue
+            got = F.nearest(query, database, k, mask=mask, exclude_radius=radius)
+            assert_nearest(got, oracle.nearest(query, database, k, mask, radius))
+
+
+def test_another_query_rejects(oracle):
+    """The row that is nearest to query 0 is too near to query 1: neither may choose it."""
+    query, database = torch.tensor([[0.0], [1.5]]), torch.tensor([[1.0], [-3.0], [5.0]])
+    got = F.nearest(query, database, exclude_radius=0.75)
+    assert got.index.tolist() == [[1], [2]]
+    assert F.nearest(query[:1], database, exclude_radius=0.75).index.tolist() == [[0]]
+    alone = torch.eye(2, 3).bool() | torch.tensor([False, True, True])  # row 0 is query 0's alone: it is not rejected
+    assert F.nearest(query, database, mask=alone, exclude_radius=0.75).index.tolist() == [[0], [2]]
+
+
+def test_radius_gradients(oracle):
+    query = torch.randn(19, 4, dtype=torch.float64, requires_grad=True)
+    database = torch.randn(200, 4, dtype=torch.float64, requires_grad=True)
+    got = F.nearest(query, database, 2, exclude_radius=0.8)
+    expected = oracle.nearest(query, database, 2, None, 0.8)
+    assert_nearest(F.Nearest(got.distance.detach(), got.index), expected)
+    assert not torch.equal(got.index, F.nearest(query, database, 2).index)
+
+    def twice(distance):
+        grads = torch.autograd.grad(distance.double().square().sum(), (query, database), create_graph=True)
+        return *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), (query, database))
+
+    for one, two in zip(twice(got.distance), twice(oracle.distance(query, database, got.index)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("data", [gaussian, offset, integers], ids=lambda f: f.__name__)
+def test_ieee_is_the_same_answer(oracle, data):
+    query, database = data(29, 301, 17)
+    mask = torch.rand(301) > 0.4
+    hidden = database.masked_fill(~mask[:, None], torch.inf)
+    assert_nearest(F.nearest(query, database, 3, precision="ieee"), oracle.nearest(query, database, 3))
+    assert_nearest(F.nearest(query, hidden, 2, mask=mask, precision="ieee"), oracle.nearest(query, database, 2, mask))
+
+
+def subnormal(n, m, d):
+    """float32 below its smallest normal number; squared distances that float32 rounds to zero or to 1e-45."""
+    query, database = 2.0**-149 * torch.randint(0, 50, (n, d)), 2.0**-149 * torch.randint(0, 50, (m, d))
+    return query.float(), torch.cat([database.float(), 1e-22 * torch.rand(m, d)])
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_subnormals(oracle, k):
+    query, database = subnormal(31, 200, 9)
+    got = F.nearest(query, database, k)
+    assert_nearest(got, oracle.nearest(query, database, k))
+    query, database = query + 1e-22, database[200:]
+    assert_nearest(F.nearest(query, database, k), oracle.nearest(query, database, k))
+    far = F.nearest(query.double(), database.double(), k)  # told apart by float64 alone: ties of float32
+    assert_nearest(far, oracle.nearest(query.double(), database.double(), k))
+
+
+def test_k_of_2048(oracle):
+    query, database = torch.randn(6, 10), torch.randn(3000, 10)
+    assert_nearest(F.nearest(query, database, 2048), oracle.nearest(query, database, 2048))
+
+
 def test_layouts(oracle):
     query, database = torch.randn(30, 41).T[::2], torch.randn(30, 800).T[::3]
     mask = torch.rand(2 * len(database)).gt(0.3)[::2]
@@ -293,14 +365,24 @@ Q, B = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.aran
         (ValueError, "database: .* row 3", (Q, _with(B, (3, 1), -torch.inf)), {"mask": torch.arange(5) > 2}),
         (ValueError, "within float32", (Q, B + 1e20), {}),
         (ValueError, "within float32", (Q.double() * 1e200, B.double()), {}),
-        (NotImplementedError, "exclude_radius=0.5 is not built yet", (Q, B), {"exclude_radius": 0.5}),
+        (ValueError, "exclude_radius: expected a finite number > 0", (Q, B), {"exclude_radius": 0.0}),
+        (ValueError, "exclude_radius: expected a finite number > 0", (Q, B), {"exclude_radius": float("nan")}),
+        (TypeError, "exclude_radius: expected a number", (Q, B), {"exclude_radius": "far"}),
         (
-            NotImplementedError,
-            "precision='bf16' is not built yet; what works: 'certified'",
+            ValueError,
+            "exclude_radius: expected a radius that leaves 1 rows .* but 100.0 leaves fewer for query 0",
             (Q, B),
-            {"precision": "bf16"},
+            {"exclude_radius": 100},
         ),
-        (ValueError, "precision: expected one of", (Q, B), {"precision": "exact"}),
+        (
+            ValueError,
+            "exclude_radius: .* leaves 1 rows .* but 1e-06 leaves fewer for query 2",
+            (Q, torch.cat([Q[2:3], B[1:]])),
+            {"exclude_radius": 1e-6, "mask": torch.arange(5).ne(0) ^ torch.arange(4)[:, None].eq(2)},
+        ),
+        (ValueError, "query: .* row 2", (_with(Q, 2, torch.nan), B), {"exclude_radius": 1e-6}),
+        (ValueError, "database: .* row 3", (Q, _with(B, (3, 1), torch.inf)), {"precision": "ieee"}),
+        (ValueError, "precision: expected one of 'certified', 'ieee', got 'bf16'", (Q, B), {"precision": "bf16"}),
     ],
 )
 def test_refuses(error, message, arguments, options):

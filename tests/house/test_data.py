@@ -58,8 +58,26 @@ def test_folder(tmp_path: Path) -> None:
     assert total == pytest.approx(pixels.astype(float).sum() / 255, rel=1e-6)
 
 
+@pytest.mark.parametrize(("source", "size", "rows"), [("texture:brick", 64, 13), ("texture:gravel:32", 32, 29)])
+def test_texture(source: str, size: int, rows: int) -> None:
+    skimage_data = pytest.importorskip("skimage.data")
+    pixels = getattr(skimage_data, source.split(":")[1])().astype(float) / 255
+    images = data.load(source)
+    step = size // 4
+    columns = (192 - size) // step + 1
+    assert images.train.shape == (rows * columns, 1, size, size)
+    assert images.test.shape == (rows * ((64 - size) // step + 1), 1, size, size)
+    assert images.train_label is None
+    half = (pixels[::2, ::2] + pixels[1::2, ::2] + pixels[::2, 1::2] + pixels[1::2, 1::2]) / 4
+    for crop, top, left in ((images.train[columns + 2], step, 2 * step), (images.test[-1], 256 - size, 256 - size)):
+        expected = half[top : top + size, left : left + size]
+        assert np.abs(crop[0].numpy() - expected).max() < 1e-6
+
+
 def _bad(tmp_path: Path, name: str) -> str:
     file = tmp_path / "a.npy"
+    if name.startswith("texture:"):
+        return name
     if name == "pickled":
         np.save(file, np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
     elif name == "short":
@@ -109,6 +127,10 @@ def _bad(tmp_path: Path, name: str) -> str:
         ("sizes", "one size"),
         ("broken-png", "cannot be read as an image"),
         ("unknown", "expected one of mnist5k, digits"),
+        ("texture:moss", "expected texture:brick or texture:grass or texture:gravel"),
+        ("texture:brick:big", "of crops from 8 to 64"),
+        ("texture:brick:65", "of crops from 8 to 64"),
+        ("texture:brick:32:1", "of crops from 8 to 64"),
     ],
 )
 def test_bad_sources(tmp_path: Path, name: str, says: str) -> None:

@@ -102,7 +102,7 @@ def test_updates_are_the_references_bits(kernels: ModuleType, dtype: torch.dtype
                 chosen[name], per_chain[i] = 0.0, torch.linspace(0.01, 0.4, len(x), dtype=compute) * (i + 1)
         ahead = torch.zeros_like(x) if "lookahead" in options else None
         state = x.clone()
-        kernels.step_(state, grad, ahead, None, *per_chain, None, None, *chosen.values(), 99, 5, table)
+        kernels.step_(state, grad, ahead, None, None, *per_chain, None, None, *chosen.values(), 99, 5, table)
 
         # The interpreter truncates to bfloat16 where the hardware rounds: the float32 result shows which.
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
@@ -130,6 +130,37 @@ def test_updates_are_the_references_bits(kernels: ModuleType, dtype: torch.dtype
         assert state.isnan().sum() == 2
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(("shape", "noise_first"), [((5, 7), True), ((2, 1027), False), ((1, 9000), True)])
+def test_statistics_are_the_references(
+    kernels: ModuleType, dtype: torch.dtype, shape: tuple[int, int], noise_first: bool
+) -> None:
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x[0, 3], grad[-1, 5] = float("nan"), INF
+    scalars = (0.4, 0.3, 0.5, INF, -0.8, 1.0, 0.0, noise_first, 99, 5)
+    state, plain, expected = x.clone(), x.clone(), x.clone()
+    found, wanted = torch.zeros(shape[0], 3, dtype=torch.float64), torch.zeros(shape[0], 3, dtype=torch.float64)
+    kernels.step_(state, grad, None, found, None, None, None, None, None, *scalars)
+    kernels.step_(plain, grad, None, None, None, None, None, None, None, *scalars)
+    reference.step_(expected, grad, torch.arange(shape[0]), *scalars[:6], noise_first, 99, 5, stats=wanted)
+    assert torch.equal(state.nan_to_num(), plain.nan_to_num())
+    assert torch.equal(state.nan_to_num(), expected.nan_to_num())
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0, equal_nan=True)
+    assert found[0, 2] >= 1
+    assert found[-1, 0] == INF
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 1), (70, 4), (2, 5003)])
+def test_raw_words(kernels: ModuleType, shape: tuple[int, int]) -> None:
+    out = torch.zeros(shape, dtype=torch.int32)
+    for step_tensor in (None, torch.tensor(8 + 2**28)):
+        kernels.noise_(out, None, None, step_tensor, 5, 8, purpose=3)
+        expected = reference.words(shape[1], torch.arange(shape[0]), 5, 8, 3).flatten(1)[:, : shape[1]]
+        assert torch.equal(out.long() % 2**32, expected)
+
+
 def test_table_wastes_at_most_an_eighth_of_a_long_chain() -> None:
     from fastgen.kernels import launch
 
@@ -142,26 +173,36 @@ def test_table_wastes_at_most_an_eighth_of_a_long_chain() -> None:
         assert not one_chain or padded <= elements * 9 / 8
 
 
+MORE = """
+import json
+from fastgen.kernels import aot, langevin
+for spec in langevin.aot_specs():
+    if spec.name in ("step_stats_fp32", "step_stats_bf16", "step_bf16", "accept_copy_fp32"):
+        print(json.dumps(aot.check(spec, "sm_90")))
+"""
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgen.kernels.aot", "langevin"],
-        capture_output=True, text=True, cwd=ROOT, env=environment,
-    )  # fmt: skip
+    run = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment}
+    done = subprocess.run([sys.executable, "-m", "fastgen.kernels.aot", "langevin"], **run)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = map(json.loads, done.stdout.splitlines())
-    return {row["target"]: row for row in rows}
+    more = subprocess.run([sys.executable, "-c", MORE], **run)  # type: ignore[call-overload]
+    assert more.returncode == 0, more.stdout + more.stderr
+    rows = map(json.loads, (done.stdout + more.stdout).splitlines())
+    return {f"{row['kernel']} {row['target']}": row for row in rows}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(compiled: dict[str, dict[str, Any]], target: str) -> None:
-    assert compiled[target]["kernel"] == "step_fp32"
-    assert compiled[target]["shared"] == 0
+    assert compiled[f"step_fp32 {target}"]["shared"] == 0
+    for name in ("accept_whole_fp32", "accept_sums_fp32"):
+        assert compiled[f"{name} {target}"]["shared"] <= 64
 
 
 def test_machine_code_for_hopper(compiled: dict[str, dict[str, Any]]) -> None:
-    row = compiled["sm_90"]
+    row = compiled["step_fp32 sm_90"]
     opcodes, elements = row["opcodes"], 8  # a thread's: 1024 in a program of 128 threads
     assert row["stack"] == 0
     assert row["registers"] <= 64
@@ -174,6 +215,25 @@ def test_machine_code_for_hopper(compiled: dict[str, dict[str, Any]]) -> None:
     assert opcodes["IMAD"] <= 2 * 10 * elements // 4 + 16
     executed = sum(count for name, count in opcodes.items() if name != "NOP")
     assert executed / elements <= 76
+
+
+@pytest.mark.parametrize(("name", "wide"), [("step_stats_fp32", 6), ("step_stats_bf16", 3), ("step_bf16", 3)])
+def test_statistics_keep_to_one_read_and_one_write(compiled: dict[str, dict[str, Any]], name: str, wide: int) -> None:
+    row = compiled[f"{name} sm_90"]
+    assert row["stack"] == 0
+    assert row["registers"] <= 64
+    assert row["wide_accesses"] == wide
+    partial = 3 if "stats" in name else 0  # one number each a program
+    assert row["opcodes"]["LDG"] + row["opcodes"]["STG"] == wide + partial
+
+
+def test_acceptance_for_hopper(compiled: dict[str, dict[str, Any]]) -> None:
+    for name, wide in (("accept_whole_fp32", 24), ("accept_sums_fp32", 16), ("accept_copy_fp32", 16)):
+        row = compiled[f"{name} sm_90"]
+        assert row["stack"] == 0
+        assert row["shared"] <= 64
+        # 16 elements a thread: x, grad, y, y_grad read and x, grad written; the sums' reads alone; the copies'.
+        assert row["wide_accesses"] == wide
 
 
 @pytest.mark.gpu

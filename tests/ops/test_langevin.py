@@ -21,8 +21,9 @@ STEP, NOISE = torch.ops.fastgen.langevin_step_, torch.ops.fastgen.langevin_noise
 def arguments(x: Tensor, grad: Tensor, **given: Any) -> dict[str, Any]:
     return {
         "x": x, "grad": grad, "chain_id": None, "step_sizes": None, "noise_scales": None, "seed_tensor": None,
-        "step_tensor": None, "lookahead_out": None, "step_size": 0.02, "noise_scale": 0.2, "precision": 0.5,
-        "grad_clip": 1.0, "low": -2.0, "high": INF, "lookahead": 0.0, "noise_first": False, "seed": 3, "step": 4,
+        "step_tensor": None, "lookahead_out": None, "stats": None, "step_size": 0.02, "noise_scale": 0.2,
+        "precision": 0.5, "grad_clip": 1.0, "low": -2.0, "high": INF, "lookahead": 0.0, "noise_first": False,
+        "seed": 3, "step": 4,
         **given,
     }  # fmt: skip
 
@@ -111,6 +112,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         "chain_id": torch.arange(shape[0]) * 7, "step_sizes": torch.rand(shape[0], dtype=compute),
         "noise_scales": torch.rand(shape[0], dtype=compute), "seed_tensor": torch.tensor(5),
         "step_tensor": torch.tensor(6), "lookahead_out": torch.zeros_like(x), "lookahead": 0.1,
+        "stats": torch.zeros(shape[0], 3),
     }  # fmt: skip
     opcheck(STEP, (), arguments(x, grad, **everything))
     opcheck(NOISE, (x, None, None, None, 3, 4))
@@ -120,4 +122,4 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def test_schema_says_what_is_written() -> None:
     written = [a.name for a in STEP.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    assert written == ["x", "lookahead_out"]
+    assert written == ["x", "lookahead_out", "stats"]

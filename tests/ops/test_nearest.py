@@ -22,8 +22,10 @@ def test_opcheck(dtype, mask, layout):
     allowed = None if mask is None else torch.rand(mask).gt(0.2)
     if allowed is not None:
         allowed[..., :4] = True
-    index = torch.ops.fastgen.nearest(query, database, allowed, 3)
-    torch.library.opcheck(torch.ops.fastgen.nearest.default, (query, database, allowed, 3))
+    for radius, precision in ((None, "certified"), (0.1, "certified"), (None, "ieee")):
+        arguments = (query, database, allowed, 3, radius, precision)
+        index = torch.ops.fastgen.nearest(*arguments)
+        torch.library.opcheck(torch.ops.fastgen.nearest.default, arguments)
     torch.library.opcheck(torch.ops.fastgen.nearest_distance.default, (query, database, index))
 
 
@@ -64,6 +66,6 @@ def test_equals_the_exhaustive_meaning(allowed):
     if mask is not None:
         mask[..., 5:10] = True
     distance, index = reference.exhaustive(query, database, mask, 4)
-    got = torch.ops.fastgen.nearest(query, database, mask, 4)
+    got = torch.ops.fastgen.nearest(query, database, mask, 4, None, "certified")
     assert torch.equal(got, index)
     assert torch.equal(torch.ops.fastgen.nearest_distance(query, database, got), distance)

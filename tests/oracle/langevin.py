@@ -68,3 +68,51 @@ def step(
         drift = drift + x / prior_scale**2
     moved = x - step_size * drift
     return clamp((clamp(moved) if noise_first else moved) + noise_scale * noise)
+
+
+def statistics(
+    x: np.ndarray,
+    grad: np.ndarray,
+    noise: np.ndarray,
+    step_size: float,
+    noise_scale: float,
+    low: float = -np.inf,
+    high: float = np.inf,
+    noise_first: bool = False,
+) -> np.ndarray:
+    """[C, 3], element by element: gradient norm, elements clamped, elements not finite."""
+    found = np.zeros((len(x), 3))
+    for chain, rows in enumerate(zip(x, grad, noise, strict=True)):
+        for value, slope, normal in zip(*(row.reshape(-1) for row in rows), strict=True):
+            moved = value - step_size * slope
+            result = (min(max(moved, low), high) if noise_first else moved) + noise_scale * normal
+            outside = not low <= result <= high or (noise_first and not low <= moved <= high)
+            found[chain] += slope**2, outside and not np.isnan(result), not np.isfinite(moved + result)
+    found[:, 0] = np.sqrt(found[:, 0])
+    return found
+
+
+def log_alpha(
+    x: np.ndarray,
+    grad: np.ndarray,
+    y: np.ndarray,
+    y_grad: np.ndarray,
+    rise: np.ndarray,
+    step_size: float,
+    noise_scale: float,
+    prior_scale: float | None = None,
+    grad_clip: float | None = None,
+) -> np.ndarray:
+    """The Metropolis ratio from the two Gaussian densities themselves; [C, D] each, `rise` the energies' difference."""
+
+    def forward(at: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        slope = slope if grad_clip is None else np.clip(slope, -grad_clip, grad_clip)
+        return at - step_size * (slope if prior_scale is None else slope + at / prior_scale**2)
+
+    def density(to: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        return -((to - mean) ** 2).sum(1) / (2 * noise_scale**2)
+
+    if prior_scale is not None:
+        rise = rise + ((y**2).sum(1) - (x**2).sum(1)) / (2 * prior_scale**2)
+    temperature = noise_scale**2 / (2 * step_size)
+    return -rise / temperature + density(x, forward(y, y_grad)) - density(y, forward(x, grad))

@@ -9,34 +9,65 @@ def kernel_matrix(a: Tensor, b: Tensor, kind: str, parameters: tuple[float, ...]
         degree, gamma, coef = parameters
         return (gamma * torch.einsum("id,jd->ij", a, b) + coef) ** int(degree)
     squared = (a[:, None, :] - b[None, :, :]).square().sum(-1)
+    if kind in ("laplacian", "energy"):
+        apart = squared > 0
+        d = torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)  # its gradient at zero is zero
+        return -d if kind == "energy" else sum(torch.exp(-d * g) for g in parameters)
+    if kind == "rational_quadratic":
+        return sum((1 + squared / (2 * p * parameters[0] ** 2)) ** -p for p in parameters[1:])
     if kind == "imq":
         return sum(c / (c + squared) for c in parameters)
     return sum(torch.exp(-squared * g) for g in parameters)
 
 
-def single(x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estimator: str) -> Tensor:
-    n, m = len(x), len(y)
-    xx, yy, xy = (kernel_matrix(a, b, kind, parameters) for a, b in ((x, x), (y, y), (x, y)))
-    if estimator == "biased":
-        return xx.mean() + yy.mean() - 2 * xy.mean()
-    within = (xx.sum() - xx.diag().sum()) / (n * (n - 1)) + (yy.sum() - yy.diag().sum()) / (m * (m - 1))
-    if estimator == "unbiased":
-        return within - 2 * xy.mean()
-    return within - 2 * (xy.sum() - xy.diag().sum()) / (n * (n - 1))
+def single(
+    x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estimator: str, p: Tensor, q: Tensor
+) -> Tensor:
+    p, q = p / p.sum(), q / q.sum()
+
+    def mean(a: Tensor, b: Tensor, wa: Tensor, wb: Tensor, off: bool) -> Tensor:
+        w = wa[:, None] * wb
+        if off:
+            w = w - w.diag().diag()
+        return (w * kernel_matrix(a, b, kind, parameters)).sum() / w.sum()
+
+    off = estimator != "biased"
+    return mean(x, x, p, p, off) + mean(y, y, q, q, off) - 2 * mean(x, y, p, q, estimator == "u_statistic")
+
+
+def value(
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: tuple[float, ...],
+    estimator: str,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
+) -> Tensor:
+    """MMD² for [N, D] or [B, N, D], differentiable; the weights need not sum to one."""
+    p = (torch.ones(x.shape[:-1]) if p is None else p).double().expand(x.shape[:-1])
+    q = (torch.ones(y.shape[:-1]) if q is None else q).double().expand(y.shape[:-1])
+    if x.ndim == 2:
+        return single(x, y, kind, parameters, estimator, p, q)
+    items = zip(x, y, p, q, strict=True)
+    return torch.stack([single(a, b, kind, parameters, estimator, wa, wb) for a, b, wa, wb in items])
 
 
 def mmd(
-    x: Tensor, y: Tensor, kind: str, parameters: tuple[float, ...], estimator: str
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: tuple[float, ...],
+    estimator: str,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """MMD², its gradient in x and in y, for [N, D] or [B, N, D]."""
+    """MMD², its gradient in x and in y."""
     x = x.detach().double().cpu().requires_grad_()
     y = y.detach().double().cpu().requires_grad_()
-    if x.ndim == 2:
-        value = single(x, y, kind, parameters, estimator)
-    else:
-        value = torch.stack([single(a, b, kind, parameters, estimator) for a, b in zip(x, y, strict=True)])
-    gx, gy = torch.autograd.grad(value.sum(), (x, y))
-    return value.detach(), gx, gy
+    found = value(x, y, kind, parameters, estimator, p, q)
+    gx, gy = torch.autograd.grad(found.sum(), (x, y))
+    return found.detach(), gx, gy
 
 
 def wae_penalty(qz: Tensor, pz: Tensor, base: float) -> Tensor:

@@ -1,0 +1,162 @@
+"""IMLE turned round: every sample is pulled to its nearest datum and pushed off other samples."""
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from fastgen import check, data
+from fastgen.functional import nearest
+from fastgen.models.imle_image import PART, key
+from fastgen.models.imle_pool import codes
+from fastgen.models.networks import ImageMLP, in_batches
+from fastgen.models.run import ResumableBatches, Run
+
+
+def reverse_loss(fake: Tensor, other: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """(min_j ‖G(z_i) − x_j‖², relu(m − min_j ‖G(z_i) − G(z'_j)‖²)), both [N]; their sum is minimised.
+
+    fake: [N, D]; other: [K, D], of codes of its own: among the same codes the second distance would be 0
+    real: [M, D]
+    """
+    return nearest(fake, real).distance[:, 0], (margin - nearest(fake, other).distance[:, 0]).relu()
+
+
+class ReverseModule(LightningModule):
+    """images: [N, C, H, W], a tensor or `data.Stored`; batch, others: samples a step on the two sides."""
+
+    def __init__(
+        self, images: Any, *, noise_dim: int, hidden: int, layers: int, batch: int, others: int, margin: float,
+        lr: float, steps: int, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.noise_dim, self.batch, self.others, self.margin = noise_dim, batch, others, margin
+        self.lr, self.steps, self.seed = lr, steps, seed
+        shape: Any = tuple(images.shape[1:])
+        self.generator = ImageMLP(noise_dim, shape, hidden, layers)
+        self._held = {"images": images}
+
+    def configure_optimizers(self) -> Any:
+        optimiser = torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
+        real = self._held["images"][rows.cpu()].to(self.device).flatten(1)
+        count = self.batch + self.others
+        ids = torch.arange(count, device=self.device) + self.global_step * count
+        made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1)
+        pull, push = reverse_loss(made[: self.batch], made[self.batch :], real, self.margin)
+        loss: Tensor = (pull + push).mean()
+        self.log_dict(
+            {"loss": loss.detach(), "pull": pull.detach().mean(), "push": push.detach().mean()},
+            on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows),
+        )  # fmt: skip
+        return loss
+
+
+class IMLEReverse:
+    """IMLE of the reverse Kullback-Leibler divergence, with a margin: samples seek data, and keep off each other.
+
+    mean over i of min_j ‖G(z_i) − x_j‖² + relu(m − min_j ‖G(z_i) − G(z'_j)‖²), z and z' two batches of codes
+
+    The first term pulls each sample to its nearest datum, the second pushes it away from the other samples as long as
+    one is nearer than the margin; it is what keeps the generator from collapsing to a few data. Source: Su Jianlin,
+    "GLANN", 2019, section "IMLE": its two formulas print a minus before the sum, against its own step 6 ("minimise the
+    real-fake distance and maximise the fake-fake one"); KL(q‖p) has a plus there, as is computed here.
+
+    Args:
+        noise_dim: size of a code z.
+        hidden: width of the generator's hidden layers.
+        hidden_layers: their number.
+        epochs: passes over the data.
+        reals: data a step.
+        batch: samples a step.
+        others: samples of the second batch.
+        margin: m, in squared distance; None: the mean squared distance from a datum to the nearest of `others` more.
+        lr: Adam's step size, at the start.
+        checkpoint_every: steps between checkpoints; each epoch's end has one too.
+        seed: of everything drawn in training.
+    """
+
+    on_disk = True
+
+    def __init__(
+        self,
+        noise_dim: int = 16,
+        hidden: int = 512,
+        hidden_layers: int = 2,
+        epochs: int = 300,
+        reals: int = 500,
+        batch: int = 64,
+        others: int = 256,
+        margin: float | None = None,
+        lr: float = 1e-3,
+        checkpoint_every: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k != "self"}
+        for name in ("noise_dim", "hidden", "hidden_layers", "epochs", "reals", "batch", "others", "checkpoint_every"):
+            check.integer(name, self.arguments[name], least=1)
+        check.number("lr", lr, above=0)
+        check.integer("seed", seed, least=0, most=2**31)
+        if margin is not None:
+            check.number("margin", margin, least=0)
+        self.generator: torch.nn.Module | None = None
+
+    def fit(
+        self,
+        images: data.Images,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        trainer: dict[str, Any] | None = None,
+    ) -> "IMLEReverse":
+        """Train into the folder `out`; arguments and errors as `IMLE.fit`, in one process."""
+        a = self.arguments
+        module = self._module(images)
+        run = Run.start(out, {"model": "imle-reverse", "data": images.name, "arguments": a}, resume=resume)
+        loader = ResumableBatches(len(images.train), a["reals"], a["seed"])
+        with run.phase("imle"):
+            run.fit("imle", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
+        run.note_peak("train")
+        self.generator = module.generator.cpu().eval()
+        return self
+
+    @classmethod
+    def load(cls, run: Run, images: data.Images) -> "IMLEReverse":
+        """The model of a finished run on the same data."""
+        model = cls(**run.record["arguments"])
+        module = model._module(images)
+        try:
+            module.load_state_dict(run.load("imle"))
+        except RuntimeError as error:
+            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        model.generator = module.generator.eval()
+        return model
+
+    def _module(self, images: data.Images) -> ReverseModule:
+        a = self.arguments
+        steps = a["epochs"] * (len(images.train) // min(a["reals"], len(images.train)))
+        margin = _margin(images.train, a["others"]) if a["margin"] is None else a["margin"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"])
+            names = ("noise_dim", "hidden", "batch", "others", "lr", "seed")
+            return ReverseModule(
+                images.train, layers=a["hidden_layers"], margin=margin, steps=steps, **{k: a[k] for k in names}
+            )
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
+        assert self.generator is not None, "fit or load first"
+        return in_batches(self.generator, codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1)), PART)
+
+
+def _margin(images: Any, others: int) -> float:
+    """Of up to 1,000 data, the mean squared distance to the nearest of `others` (at most the rest) others."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    others = min(others, len(images) - 1)
+    left, right = images[order[others : others + 1000]].flatten(1), images[order[:others]].flatten(1)
+    return float(nearest(left, right).distance.mean())

@@ -1,0 +1,118 @@
+"""Weights of F.mmd against the float64 oracle, and what they mean."""
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import functional as F
+from fastgen.ops import backend
+
+KERNELS = {
+    "imq": F.IMQ(),
+    "imq_two": F.IMQ(scales=(0.3, 4.0), base=1.5),
+    "rbf": F.RBF((1.3, 0.6)),
+    "laplacian": F.Laplacian((0.8,)),
+    "energy": F.Energy(),
+    "rational_quadratic": F.RationalQuadratic((0.5, 2.0)),
+    "polynomial": F.Polynomial(),
+}
+RUNS = ["cpp", "reference"]
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    # The gradient of few points may vanish: what is left of a relative error then is rounding.
+    assert got.shape == want.shape
+    assert (got.double() - want).norm() <= tolerance * (want.norm() + 0.01)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_against_the_oracle(name: str, estimator: str, oracle: ModuleType) -> None:
+    shapes = [(2, 3, 1), (33, 50, 5), (140, 131, 18)]
+    for (n, m, d), dtype, sides in itertools.product(shapes, (torch.float64, torch.float32), ("xy", "x", "y")):
+        m = n if estimator == "u_statistic" else m
+        x, y = torch.randn(n, d, dtype=dtype) / d**0.5, torch.randn(m, d, dtype=dtype) * (1.3 / d**0.5) + 0.1
+        p, q = torch.rand(n) + 0.1 if "x" in sides else None, torch.rand(m) + 0.1 if "y" in sides else None
+        if p is not None and n > 2:
+            p[1] = 0
+        kind, parameters = KERNELS[name]._op(d)
+        value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator, p, q)
+        relative, absolute = (1e-11, 1e-12) if dtype == torch.float64 else (2e-4, 3e-6)
+        for run in RUNS:
+            with backend.force(run):
+                a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+                got = F.mmd(a, b, kernel=KERNELS[name], estimator=estimator, x_weight=p, y_weight=q)
+                got.backward()
+                assert abs(float(got.detach()) - float(value)) <= absolute * max(1, abs(float(value))), (run, n, m, d)
+                assert a.grad is not None
+                assert b.grad is not None
+                close(a.grad, gx, relative)
+                close(b.grad, gy, relative)
+                for one, gradient in ((0, gx), (1, gy)):
+                    leaf = (x, y)[one].clone().requires_grad_()
+                    pair = (leaf, y) if one == 0 else (x, leaf)
+                    F.mmd(*pair, kernel=KERNELS[name], estimator=estimator, x_weight=p, y_weight=q).backward()
+                    assert leaf.grad is not None
+                    close(leaf.grad, gradient, relative)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+def test_what_weights_mean(estimator: str, run: str) -> None:
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64) + 0.5
+    with backend.force(run):
+        plain = F.mmd(x, y, estimator=estimator)
+        equal = F.mmd(x, y, estimator=estimator, x_weight=torch.full((30,), 7.0))
+        torch.testing.assert_close(equal, plain, rtol=1e-12, atol=1e-13)
+        w = torch.ones(30)
+        w[::3] = 0
+        out = F.mmd(x, y, estimator=estimator, x_weight=w, y_weight=w)
+        kept = F.mmd(x[w > 0], y[w > 0], estimator=estimator)
+        torch.testing.assert_close(out, kept, rtol=1e-12, atol=1e-13)
+        if estimator == "biased":  # a point twice as heavy is that point twice
+            heavy = torch.ones(30)
+            heavy[4] = 2
+            twice = F.mmd(torch.cat([x, x[4:5]]), y, estimator=estimator)
+            torch.testing.assert_close(F.mmd(x, y, estimator=estimator, x_weight=heavy), twice, rtol=1e-12, atol=1e-13)
+        if estimator == "unbiased":
+            single = torch.zeros(30)
+            single[3] = 1
+            assert F.mmd(x, y, x_weight=single).isnan()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_batches(run: str, oracle: ModuleType) -> None:
+    x, y = torch.randn(3, 20, 4, dtype=torch.float64), torch.randn(3, 17, 4, dtype=torch.float64)
+    p, q = torch.rand(3, 20), torch.rand(17)
+    x.requires_grad_()
+    with backend.force(run):
+        got = F.mmd(x, y, x_weight=p, y_weight=q)
+        got.sum().backward()
+    value, gx, _ = oracle.mmd(x, y, *map(_tuple, F.IMQ()._op(4)), "unbiased", p, q)
+    close(got.detach(), value, 1e-12)
+    assert x.grad is not None
+    close(x.grad, gx, 1e-11)
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@pytest.mark.filterwarnings("ignore:.*TF32.*")
+def test_compiled_and_invalid_weights_are_nan() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y, w: F.mmd(x, y, x_weight=w), fullgraph=True, backend="aot_eager")
+    x, y, w = torch.randn(9, 3), torch.randn(8, 3), torch.rand(9)
+    assert torch.equal(compiled(x, y, w), F.mmd(x, y, x_weight=w))
+    assert compiled(x, y, torch.tensor([-1.0] + [1.0] * 8)).isnan()
+    assert compiled(x, y, torch.zeros(9)).isnan()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_give_nan(bad: float) -> None:
+    w = torch.ones(9)
+    w[2] = bad
+    assert F.mmd(torch.randn(9, 3), torch.randn(8, 3), x_weight=w).isnan()
