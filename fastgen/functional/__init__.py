@@ -1,6 +1,7 @@
 """The public functions: conventions, validation, differentiation."""
 
 from fastgen.functional.langevin import langevin_noise, langevin_step_
+from fastgen.functional.langevin_mala import langevin_accept_
 from fastgen.functional.mmd import mmd
 from fastgen.functional.mmd_energy import energy_distance
 from fastgen.functional.mmd_kernels import IMQ, RBF, Energy, Laplacian, Polynomial, RationalQuadratic
@@ -28,6 +29,7 @@ __all__ = [
     "energy_distance",
     "feature_distance",
     "gram_matrix",
+    "langevin_accept_",
     "langevin_noise",
     "langevin_step_",
     "laplacian_pyramid_loss",

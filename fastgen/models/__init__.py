@@ -26,6 +26,7 @@ MODELS = {
     "glann": ("fastgen.models.glann", "GLANN"),
     "wae-mmd": ("fastgen.models.wae", "WAEMMD"),
     "gmmn": ("fastgen.models.gmmn", "GMMN"),
+    "glo": ("fastgen.models.glo_model", "GLOModel"),
     "imle": ("fastgen.models.imle_image", "IMLE"),
     "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
     "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),
