@@ -244,8 +244,8 @@ def mmd(
         are expanded about the common centre of both samples; sums over pairs end in float64. Points that are not
         finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
-        and O((N + M)·D) memory too. On a GPU, D > 128 and float64 points run on blocked matrix products instead (never
-        in TF32).
+        and O((N + M)·D) memory too. On a GPU, D > 128, float64 points, weights and the Laplacian, energy and polynomial
+        kernels run on blocked matrix products instead (never in TF32).
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """

@@ -25,7 +25,7 @@ accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _NONE = (0, False)  # of an optional tensor: its address, and whether it has a batch dimension
-_IN_TRITON = ("imq", "rbf")
+_IN_TRITON = ("imq", "rbf", "rational_quadratic")
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
