@@ -13,6 +13,17 @@ struct LpipsLayer {
     int threads;
 };
 
+// f [n, c, pixels], weight [c] -> out [n, dim]; dim at least 64.
+struct LpipsProject {
+    const void *f, *weight;
+    void* out;
+    int64_t n, c, pixels, dim, layer;
+    uint64_t seed;
+    double eps;
+    bool inside, wide;
+    int threads;
+};
+
 // Vectors [n, size] of the same order of elements.
 struct FeatureDistance {
     const void *f0, *f1, *grad;

@@ -324,3 +324,5 @@ static void feature_distance(const FeatureDistance& k) {
     else
         k.squared ? feature_distance_of<float, true>(k) : feature_distance_of<float, false>(k);
 }
+
+#include "perceptual_project.inl"

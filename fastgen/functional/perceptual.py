@@ -47,6 +47,27 @@ class _LpipsLayer(torch.autograd.Function):
         return grad0, grad1, grad_weight, None, None
 
 
+class _LpipsProject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, inside: bool
+    ) -> Tensor:
+        ctx.save_for_backward(f, weight)
+        ctx.options = (dim, seed, layer, eps, inside)
+        value: Tensor = ops.lpips_project(f, weight, dim, seed, layer, eps, inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        f, weight = ctx.saved_tensors
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = f if higher else f.detach().requires_grad_()
+            value = reference.lpips_project(leaf, weight, *ctx.options)
+            (grad_f,) = torch.autograd.grad(value, leaf, grad, create_graph=higher)
+        return grad_f, None, None, None, None, None, None
+
+
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
@@ -92,6 +113,19 @@ def _pairs(features0: Any, features1: Any, ndim: tuple[int, ...]) -> list[tuple[
     return pairs
 
 
+def _layer_weights(weights: Any, maps: list[Tensor]) -> list[Tensor]:
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) != len(maps):
+        given = f"{len(weights)} of them" if isinstance(weights, Sequence) else check.describe(weights)
+        raise ValueError(f"weights: expected a list of {len(maps)} tensors, one a layer, got {given}")
+    for i, (weight, f) in enumerate(zip(weights, maps, strict=True)):
+        check.tensor(f"weights[{i}]", weight, ndim=(1,))
+        if weight.shape[0] != f.shape[1]:
+            raise ValueError(f"weights[{i}]: expected [{f.shape[1]}], a number a channel, got {list(weight.shape)}")
+        if weight.device != f.device:
+            raise ValueError(f"weights[{i}]: expected the device of features0, {f.device}, got {weight.device}")
+    return list(weights)
+
+
 def lpips_distance(
     features0: Sequence[Tensor], features1: Sequence[Tensor], weights: Sequence[Tensor], *, eps_mode: str = "lpips"
 ) -> Tensor:
@@ -115,17 +149,52 @@ def lpips_distance(
     """
     check.choice("eps_mode", eps_mode, EPS_MODES)
     pairs = _pairs(features0, features1, (4,))
-    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) != len(pairs):
-        given = f"{len(weights)} of them" if isinstance(weights, Sequence) else check.describe(weights)
-        raise ValueError(f"weights: expected a list of {len(pairs)} tensors, one a layer, got {given}")
     total: Tensor | None = None
-    for i, ((f0, f1), weight) in enumerate(zip(pairs, weights, strict=True)):
-        check.tensor(f"weights[{i}]", weight, ndim=(1,))
-        if weight.shape[0] != f0.shape[1]:
-            raise ValueError(f"weights[{i}]: expected [{f0.shape[1]}], a number a channel, got {list(weight.shape)}")
-        if weight.device != f0.device:
-            raise ValueError(f"weights[{i}]: expected the device of features0, {f0.device}, got {weight.device}")
+    for (f0, f1), weight in zip(pairs, _layer_weights(weights, [f0 for f0, _ in pairs]), strict=True):
         value = _LpipsLayer.apply(f0, f1, weight, *epsilon(eps_mode))
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def lpips_projection(
+    features: Sequence[Tensor], weights: Sequence[Tensor], *, dim: int, seed: int = 0, eps_mode: str = "lpips"
+) -> Tensor:
+    r"""A random projection S of LPIPS's embedding E, E‖S(x) − S(y)‖² = ‖E(x) − E(y)‖² = LPIPS(x, y); E is never stored.
+
+    Each coordinate √(w_lc / H_l W_l) u_lcp of E is added with a random sign to one of `dim` numbers: a CountSketch
+    whose buckets follow each other over runs of 64 pixels from a random start. Signs and starts come from Philox
+    counters.
+
+    Args:
+        features: a list of maps [N, C_l, H_l, W_l], float64, float32, bfloat16 or float16.
+        weights: a [C_l] for each layer, not negative; they are not differentiated.
+        dim: numbers an image, at least 64.
+        seed: 0 (default) to 2⁶⁴ − 1; points are comparable for the same seed and dim alone.
+        eps_mode: as for `lpips_distance`.
+
+    Returns: [N, dim], float32 (float64 for float64 features).
+
+    Raises: TypeError or ValueError naming the argument; NotImplementedError for weights that require a gradient.
+
+    Notes: For one pair, ‖S(x) − S(y)‖² has the mean LPIPS(x, y) over seeds and a relative standard deviation of at most
+        √(2 / dim): 4.4 % for 1024. It is off by more than ε with a probability of at most 2 / (dim ε²) (Chebyshev).
+        Differentiable in features, and twice, in plain torch. Deterministic; any layout gives the same numbers, a
+        channels_last map is copied first.
+
+    Source: Charikar, Chen & Farach-Colton 2002 (CountSketch); Weinberger et al. 2009, whose variance bound holds for
+        any buckets that no two coordinates share with a probability above 1 / dim: those of one run share none.
+    """
+    check.choice("eps_mode", eps_mode, EPS_MODES)
+    check.integer("dim", dim, least=64, most=2**31 - 1)
+    check.integer("seed", seed, least=0, most=2**64 - 1)
+    maps = [pair[0] for pair in _pairs(features, features, (4,))]
+    total: Tensor | None = None
+    for i, (f, weight) in enumerate(zip(maps, _layer_weights(weights, maps), strict=True)):
+        if torch.is_grad_enabled() and weight.requires_grad:
+            check.not_built(f"weights[{i}].requires_grad", True, "weights that require no gradient")
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        value = _LpipsProject.apply(f, weight, dim, signed, i, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
     return total
@@ -175,7 +244,65 @@ def layer_numbers(layer_weight: Any, layers: int) -> list[float]:
     return [check.number(f"layer_weight[{i}]", weight) for i, weight in enumerate(layer_weight)]
 
 
-def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
+class _Gram(torch.autograd.Function):
+    """α f fᵀ of f [N, C, P]. Its gradient is one product, where autograd would take two for the two factors."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(f)
+        ctx.alpha = alpha
+        return torch.baddbmm(f.new_zeros(()), f, f.mT, beta=0, alpha=alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (f,) = ctx.saved_tensors
+        return torch.baddbmm(f.new_zeros(()), grad + grad.mT, f, beta=0, alpha=ctx.alpha), None
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """f fᵀ / (C H W), how the channels of a feature map go together.
+
+    Args:
+        features: [N, C, H, W], float64, float32, bfloat16 or float16, of any layout.
+
+    Returns: [N, C, C], float32 (float64 for float64).
+
+    Raises: TypeError or ValueError naming the argument.
+
+    Notes: Differentiable, any number of times. Products are summed in float32 for half types and under autocast,
+        already divided: sums of squares of a float16 map do not fit float16. Deterministic wherever matrix products
+        are.
+
+    Source: Johnson et al. 2016, eq. 3.
+    """
+    check.tensor("features", features, ndim=(4,))
+    if 0 in features.shape[1:]:
+        raise ValueError(f"features: expected at least one element a sample, got shape {list(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        f = features.to(reference.wide(features.dtype)).flatten(2)
+        gram: Tensor = _Gram.apply(f, 1.0 / (f.shape[1] * f.shape[2]))
+    return gram
+
+
+LAPLACIAN_KERNELS = ("minimal_glo", "burt_adelson")
+
+
+def _laplacian_kernel(kernel: Any, like: Tensor) -> Tensor:
+    """[k, k] of the dtype and device of `like`."""
+    if isinstance(kernel, Tensor):
+        check.tensor("kernel", kernel, ndim=(2,))
+        if kernel.shape[0] != kernel.shape[1] or kernel.shape[0] % 2 == 0:
+            raise ValueError(f"kernel: expected [k, k] of an odd k, got {list(kernel.shape)}")
+        return kernel.to(like)
+    if check.choice("kernel", kernel, LAPLACIAN_KERNELS) == "burt_adelson":
+        row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=like.dtype, device=like.device) / 16
+        return row[:, None] * row
+    bump = torch.exp(torch.arange(-2, 3, device=like.device, dtype=like.dtype).square() / -4)
+    both = bump[:, None] + bump
+    return both / both.sum()
+
+
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3, kernel: str | Tensor = "minimal_glo") -> Tensor:
     """Σ_j mean |L_j(x) − L_j(y)| over the levels of a Laplacian pyramid and its low-pass rest.
 
     A level is L_j = I_j − k∗I_j and I_{j+1} the 2x2 average of k∗I_j. The pyramid is linear, so one of x − y serves.
@@ -183,16 +310,19 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     Args:
         x, y: images [N, C, H, W], floats of one dtype and device; each side at least 2^levels.
         levels: high-pass levels, beside which the rest counts too; default 3, as minimal_glo trains with.
+        kernel: "minimal_glo" (default), its own 5x5: proportional to g(i) + g(j) with g(i) = exp(−(i − 2)² / 4), a sum
+            where a Gaussian has the product; "burt_adelson", the product of (1, 4, 6, 4, 1) / 16; or a tensor [k, k], k
+            odd, used as it is and not differentiated.
 
     Returns: [N]; its mean is minimal_glo's LapLoss(max_levels=levels).
 
     Raises: TypeError or ValueError naming the argument.
 
-    Notes: Differentiable in both. A mean a level instead of the paper's sum with weight 2^2j is the same but for the
-        factor 1 / (C·H·W). The kernel is minimal_glo's own: 5x5, proportional to g(i) + g(j), where g(i) =
-        exp(−(i − 2)² / 4): a sum where a Gaussian has the product. Edges are replicated.
+    Notes: Differentiable in both; at a tie the gradient is 0, second derivatives are 0. A mean a level instead of the
+        paper's sum with weight 2^2j is the same but for the factor 1 / (C·H·W). Edges are replicated.
 
-    Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py.
+    Source: Bojanowski et al. 2018, GLO, section 3.2 (Lap1); github.com/tneumann/minimal_glo, glo.py; Burt & Adelson
+    1983.
     """
     check.tensor("x", x, ndim=(4,))
     check.tensor("y", y, ndim=(4,))
@@ -202,15 +332,15 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3) -> Tensor:
     check.integer("levels", levels, least=1)
     if min(x.shape[2:]) < 2**levels or x.shape[1] == 0:
         raise ValueError(f"x: expected sides of at least 2**levels = {2**levels}, got shape {list(x.shape)}")
-    channels = x.shape[1]
-    bump = torch.exp(torch.arange(-2, 3, device=x.device, dtype=reference.wide(x.dtype)).square() / -4)
-    kernel = bump[:, None] + bump
-    kernel = (kernel / kernel.sum()).expand(channels, 1, 5, 5)
-    current = x.to(kernel.dtype) - y.to(kernel.dtype)
+    channels, dtype = x.shape[1], reference.wide(x.dtype)
+    current = x.to(dtype) - y.to(dtype)
+    blur = _laplacian_kernel(kernel, current.detach())
+    border = [blur.shape[0] // 2] * 4
+    blur = blur.detach().expand(channels, 1, -1, -1)
     total = current.new_zeros(current.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(levels):
-            low = tf.conv2d(tf.pad(current, (2, 2, 2, 2), mode="replicate"), kernel, groups=channels)
+            low = tf.conv2d(tf.pad(current, border, mode="replicate"), blur, groups=channels)
             total = total + (current - low).abs().mean((1, 2, 3))
             current = tf.avg_pool2d(low, 2)
     return total + current.abs().mean((1, 2, 3))

@@ -1,9 +1,8 @@
-"""Perceptual losses with cached targets, LPIPS as a drop-in for `lpips.LPIPS`, and LPIPS as a Euclidean embedding."""
+"""Perceptual losses with cached targets: any network's maps and Gram matrices, and GLANN's loss."""
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor, nn
 from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
-from fastgen.reference import perceptual as reference
-
-HEADS = Path(__file__).parent / "lpips_heads"
 
 
 @dataclass(frozen=True)
@@ -23,28 +19,55 @@ class Features:
     """What a loss keeps of target images: compare with it again and again without the network.
 
     `features[rows]` (an index tensor, a slice or a mask) picks samples; `features.to(...)` moves or narrows the maps,
-    to bfloat16 say; `Features.cat` joins batches.
+    to bfloat16 say; `Features.cat` joins batches. Inside `with loss.target(y):` calls `loss(x)` compare with y.
     """
 
     maps: tuple[Tensor, ...]
+    # Who made them, so that `with` knows whom to tell: neither compared nor copied nor written to files.
+    maker: weakref.ReferenceType[nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    def _of(self, maps: Iterable[Tensor]) -> "Features":
+        return Features(tuple(maps), self.maker)
 
     def __getitem__(self, rows: Any) -> "Features":
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        return Features(tuple(f[rows] for f in self.maps))
+        return self._of(f[rows] for f in self.maps)
 
     def __len__(self) -> int:
         return self.maps[0].shape[0]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Features, (self.maps,)
+
     def to(self, *args: Any, **kwargs: Any) -> "Features":
-        return Features(tuple(f.to(*args, **kwargs) for f in self.maps))
+        return self._of(f.to(*args, **kwargs) for f in self.maps)
 
     @staticmethod
     def cat(parts: Sequence["Features"]) -> "Features":
-        return Features(tuple(torch.cat(maps) for maps in zip(*(part.maps for part in parts), strict=True)))
+        return parts[0]._of(torch.cat(maps) for maps in zip(*(part.maps for part in parts), strict=True))
+
+    def __enter__(self) -> "Features":
+        maker = None if self.maker is None else self.maker()
+        if maker is None:
+            raise ValueError("target: expected features straight from loss.target(images) of a loss that still exists")
+        maker.entered.append(self)  # type: ignore[union-attr, operator]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        maker = None if self.maker is None else self.maker()
+        if maker is not None:
+            maker.entered.pop()  # type: ignore[union-attr, operator]
 
 
-def _images(name: str, value: Any) -> Tensor:
+def entered_target(name: str, entered: list[Features]) -> Features:
+    """The target whose `with` block we are in."""
+    if not entered:
+        raise ValueError(f"{name}: expected images, or features from .target(images), or `with loss.target(images):`")
+    return entered[-1]
+
+
+def images_of(name: str, value: Any) -> Tensor:
     check.tensor(name, value, ndim=(4,))
     if value.shape[1] not in (1, 3) or 0 in value.shape[2:]:
         raise ValueError(f"{name}: expected images [N, 1 or 3, H, W], got shape {list(value.shape)}")
@@ -53,35 +76,42 @@ def _images(name: str, value: Any) -> Tensor:
 
 
 class PerceptualLoss(nn.Module):
-    """pixel_weight · mean |x − y| + Σ_l w_l mean |f_l(x) − f_l(y)| over the feature maps f_l of a frozen network.
+    """pixel_weight · mean |x − y| + Σ_l w_l mean |f_l(x) − f_l(y)| + style_weight · Σ_s ‖G_s(x) − G_s(y)‖²
+
+    over the feature maps f of a frozen network and their Gram matrices G = f fᵀ / (C H W).
 
     Args:
         trunk: "efficientnet-lite0", "vgg16", "alexnet" or "squeezenet1_1" (with their weights: `fastgen.nn.trunk`), a
             module from `fastgen.nn.trunk(...)`, or any other module: then `layers` names submodules whose outputs are
             taken. Another module gets the images as they are, and is run to its end; it is neither frozen nor changed.
-        layers: names of the maps to compare, each once; `trunk.layers` lists those of our own.
-        layer_weight: a number for each layer, default 1.
+        layers: names of the maps to compare, each once; `trunk.layers` lists those of our own. May be empty where
+            there are style_layers.
+        layer_weight: a number for each of `layers`, default 1.
         distance: "l1" or "l2" (squared), of maps and of pixels.
         pixel_weight: what the images' own distance counts, default 0.
-        style_weight: Gram matrices are not built yet: 0.
+        style_weight: what the squared Frobenius distance of the Gram matrices counts, default 0. Products are summed
+            in float32 for half types, under autocast too, and the 1 / (C H W) is part of the product.
+        style_layers: names of the maps whose Gram matrices are compared, default `layers`.
         pad_to: pads smaller images with 0 (black) on all sides to this height and width before the network, as GLANN
             pads 28 to 32. None, the default, gives the network what comes: any size for EfficientNet-lite0, for the
             others one that their poolings leave something of.
         reduction: "none" for [N], "mean" for a scalar.
 
     forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own
-    mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y
-    never passes through the network again: the same number, to the bit for the same batch.
+        mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y
+        never passes through the network again: the same number, to the bit for the same batch. Inside
+        `with loss.target(y):` target may be left out.
 
     Returns: [N] float32 (float64 for float64 images), or its mean.
 
     Raises: ValueError or TypeError naming the argument; FileNotFoundError where the weights should be.
 
-    Notes: Gradients reach x, and target images that require them. Maps under autocast are compared in float32.
-        Deterministic wherever the convolutions are.
+    Notes: Gradients reach x, and target images that require them. Maps under autocast are compared in float32. Of a
+        target, its maps and (C² numbers a layer) its Gram matrices are kept. Deterministic wherever the convolutions
+        are.
 
-    Source: Johnson et al. 2016; Hoshen, Li & Malik 2019, GLANN, eq. 2. GLANN's own loss is trunk("vgg16", mean=3*[0.5],
-        std=3*[0.5]), pixel_weight=1, pad_to=32, layers=("relu1_2", "relu2_2", "conv3_2") at 28 or 32 pixels.
+    Source: Johnson et al. 2016, equations 2 to 4 (style: relu1_2, relu2_2, relu3_3, relu4_3 of VGG16, content relu3_3,
+        "l2"). GLANN's own loss is `GLANNLoss`.
     """
 
     def __init__(
@@ -93,67 +123,95 @@ class PerceptualLoss(nn.Module):
         distance: str = "l1",
         pixel_weight: float = 0.0,
         style_weight: float = 0.0,
+        style_layers: Sequence[str] | None = None,
         pad_to: int | None = None,
         reduction: str = "none",
     ) -> None:
         super().__init__()
-        if style_weight != 0:
-            check.not_built("style_weight", style_weight, "style_weight=0")
+        self.pixel_weight = check.number("pixel_weight", pixel_weight, least=0)
+        self.style_weight = check.number("style_weight", style_weight, least=0)
+        if style_layers is not None and not self.style_weight:
+            raise ValueError("style_layers: expected style_weight > 0 beside it, got 0")
         if isinstance(trunk, str):
             trunk = trunks.trunk(trunk)
         elif not isinstance(trunk, nn.Module):
             raise TypeError(f"trunk: expected a name or a module, got {type(trunk).__name__}")
-        if isinstance(layers, str):
-            raise TypeError(f"layers: expected a sequence of names, got the string {layers!r}")
-        if isinstance(trunk, trunks.Trunk):
-            self.layers = trunk.check_layers(layers)
-        else:
-            self.layers = tuple(layers)
-            names = dict(trunk.named_modules())
-            unknown = [layer for layer in self.layers if layer not in names]
-            if unknown or not self.layers:
-                raise ValueError(f"layers: expected names of submodules of trunk, got {unknown or list(layers)}")
         self.trunk = trunk
+        self.layers = () if style_layers and layers in ([], ()) else self._names("layers", layers)
+        self.style_layers: tuple[str, ...] = ()
+        if self.style_weight:
+            self.style_layers = self.layers if style_layers is None else self._names("style_layers", style_layers)
+        self._taps = tuple(dict.fromkeys((*self.layers, *self.style_layers)))
         self.layer_weight = [1.0] * len(self.layers)
         if layer_weight is not None:
             self.layer_weight = F.layer_numbers(layer_weight, len(self.layers))
         self.distance = check.choice("distance", distance, F.DISTANCES)
-        self.pixel_weight = check.number("pixel_weight", pixel_weight, least=0)
         self.pad_to = None if pad_to is None else check.integer("pad_to", pad_to, least=1)
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
+        self.entered: list[Features] = []
+
+    def _names(self, argument: str, layers: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(layers, str):
+            raise TypeError(f"{argument}: expected a sequence of names, got the string {layers!r}")
+        if isinstance(self.trunk, trunks.Trunk):
+            return self.trunk.check_layers(layers, argument)
+        layers, names = tuple(layers), dict(self.trunk.named_modules())
+        unknown = [layer for layer in layers if layer not in names]
+        if unknown or not layers:
+            raise ValueError(f"{argument}: expected names of submodules of trunk, got {unknown or list(layers)}")
+        return layers
 
     def features(self, images: Tensor) -> Features:
-        """The maps that are compared, differentiable: the images themselves first where pixels count."""
+        """What is compared, differentiable: the images themselves where pixels count, the maps, the Gram matrices."""
         own = (images,) if self.pixel_weight else ()
-        if self.pad_to is not None:
-            missing = [max(self.pad_to - size, 0) for size in (images.shape[3], images.shape[2])]
-            if any(missing):
-                images = tf.pad(images, [part for m in missing for part in (m // 2, m - m // 2)])
+        images = padded(images, self.pad_to)
         if isinstance(self.trunk, trunks.Trunk):
-            return Features((*own, *self.trunk(images, self.layers)))
-        return Features((*own, *_hooked(self.trunk, self.layers, images)))
+            maps = self.trunk(images, self._taps)
+        else:
+            maps = _hooked(self.trunk, self._taps, images)
+        by_name = dict(zip(self._taps, maps, strict=True))
+        grams = (F.gram_matrix(by_name[layer]) for layer in self.style_layers)
+        return Features((*own, *(by_name[layer] for layer in self.layers), *grams))
 
     @torch.no_grad()
     def target(self, y: Tensor, *, chunk: int | None = None) -> Features:
         """The maps of target images, detached, for `loss(x, features)`; `chunk` images pass the network at a time."""
-        _images("y", y)
+        images_of("y", y)
         if chunk is None:
-            return self.features(y)
+            return Features(self.features(y).maps, weakref.ref(self))
         check.integer("chunk", chunk, least=1)
-        return Features.cat([self.features(part) for part in y.split(chunk)])
+        return Features(Features.cat([self.features(part) for part in y.split(chunk)]).maps, weakref.ref(self))
 
-    def forward(self, x: Tensor, target: Tensor | Features) -> Tensor:
-        _images("x", x)
+    def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
+        images_of("x", x)
+        if target is None:
+            target = entered_target("target", self.entered)
         if not isinstance(target, Features):
-            _images("target", target)
+            images_of("target", target)
             if target.shape != x.shape:
                 raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            target = self.features(target) if target.requires_grad else self.target(target)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+                target = self.features(target)
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
-        weights = [self.pixel_weight, *self.layer_weight] if self.pixel_weight else self.layer_weight
-        loss = F.feature_distance(self.features(x).maps, target.maps, distance=self.distance, layer_weight=weights)
-        return loss.mean() if self.reduction == "mean" else loss
+        ours, theirs = self.features(x).maps, target.maps
+        plain = len(ours) - len(self.style_layers)
+        total: Tensor | None = None
+        if plain:
+            weights = [self.pixel_weight, *self.layer_weight] if self.pixel_weight else self.layer_weight
+            total = F.feature_distance(ours[:plain], theirs[:plain], distance=self.distance, layer_weight=weights)
+        if self.style_layers:
+            weights = [self.style_weight * gram[0].numel() for gram in ours[plain:]]  # a sum, not a mean
+            style = F.feature_distance(ours[plain:], theirs[plain:], distance="l2", layer_weight=weights)
+            total = style if total is None else total + style
+        assert total is not None
+        return total.mean() if self.reduction == "mean" else total
+
+
+def padded(images: Tensor, least: int | None) -> Tensor:
+    """Zeros on all sides up to `least` pixels, the odd one behind."""
+    missing = [max((least or 0) - size, 0) for size in (images.shape[3], images.shape[2])]
+    return tf.pad(images, [part for m in missing for part in (m // 2, m - m // 2)]) if any(missing) else images
 
 
 def _hooked(network: nn.Module, layers: Sequence[str], images: Tensor) -> list[Tensor]:
@@ -180,264 +238,85 @@ def _hooked(network: nn.Module, layers: Sequence[str], images: Tensor) -> list[T
     return [taps[layer] for layer in layers]
 
 
-# torchvision's network, the ends of lpips's slices of `features`, the channels there
-_NETS = {
-    "alex": ("alexnet", (2, 5, 8, 10, 12), (64, 192, 384, 256, 256)),
-    "vgg": ("vgg16", (4, 9, 16, 23, 30), (64, 128, 256, 512, 512)),
-    "squeeze": ("squeezenet1_1", (2, 5, 8, 10, 11, 12, 13), (64, 128, 256, 384, 384, 512, 512)),
+# The convolutions that the official code taps. Its ReLUs work in place, so that each tap but a last one is a ReLU's
+# output.
+_GLANN_LAYERS = {
+    2: ("relu1_2", "conv2_2"),
+    3: ("relu1_2", "relu2_2", "conv3_2"),
+    4: ("relu1_2", "relu2_2", "relu3_2", "conv4_3"),
+    5: ("relu1_2", "relu2_2", "relu3_2", "relu4_3", "pool5"),
 }
+_GLANN_LEVELS = {16: 2, 28: 3, 32: 3, 64: 4}
 
 
-class _Slices(nn.Module):
-    """A torchvision trunk cut after each tapped layer, under lpips's names: slice1.0.weight and so on."""
+class GLANNLoss(nn.Module):
+    """GLANN's reconstruction loss: mean |I₁ − I₂| + Σ_l mean |f_l(I₁) − f_l(I₂)|, I = 2x − 1, f of VGG16.
 
-    def __init__(self, features: nn.Sequential, ends: Sequence[int]) -> None:
-        super().__init__()
-        start = 0
-        for k, end in enumerate(ends, 1):
-            part = nn.Sequential()
-            for index in range(start, end):
-                part.add_module(str(index), features[index])
-            self.add_module(f"slice{k}", part)
-            start = end
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        taps = []
-        for part in self.children():
-            x = part(x)
-            taps.append(x)
-        return taps
-
-
-class _ScalingLayer(nn.Module):
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.shift.to(x.dtype)) / self.scale.to(x.dtype)
-
-
-class _Head(nn.Module):
-    """lpips's NetLinLayer: the name of its weight, model.1 or model.0, says whether there is a dropout."""
-
-    def __init__(self, channels: int, use_dropout: bool) -> None:
-        super().__init__()
-        dropout = [nn.Dropout()] if use_dropout else []
-        self.model = nn.Sequential(*dropout, nn.Conv2d(channels, 1, 1, bias=False))
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.model[-1].weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-
-class LPIPS(nn.Module):
-    """Learned Perceptual Image Patch Similarity: `lpips.LPIPS` with its arguments, shapes, keys and results.
-
-    Args: those of lpips 0.1.4, and after them two of ours.
-        pretrained: True takes the published linear heads, which fastgen ships; False leaves them random.
-        net: "alex", "vgg" (or "vgg16") or "squeeze".
-        version: "0.1", or "0.0" without the input scaling.
-        lpips: False averages the layers without heads.
-        spatial: True gives a map [N, 1, H, W], each layer enlarged bilinearly.
-        pnet_rand: True means a random trunk.
-        pnet_tune: True lets the trunk be trained.
-        use_dropout: dropout before the heads while they are trained.
-        model_path: heads in a file of your own (lpips's .pth, or .safetensors); a full state dict fills the trunk too.
-            A file without all heads raises, where lpips would leave the rest random.
-        eval_mode: True, the default, freezes heads and trunk and pins them to eval mode, whatever a parent's `.train()`
-            says (not so under pnet_tune). False trains the heads, as lpips does by default.
-        verbose: prints what is set up, as lpips does; False by default here.
-        trunk_weights: None takes torch hub's cache ($TORCH_HOME/hub/checkpoints/alexnet-owt-7be5be79.pth,
-            vgg16-397923af.pth, squeezenet1_1-b8a52dc0.pth; nothing is downloaded); else a path or a state dict with
-            torchvision's names.
-        eps_mode: "lpips", or "torchmetrics" for the numbers of torchmetrics' LPIPS.
-
-    forward(in0, in1, retPerLayer=False, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in
-    [0, 1]. One of the two may have N = 1 and is then compared with each of the other. in1 may be the cached maps of
-    references, `lpips.target(images)`.
-
-    Returns: [N, 1, 1, 1] or [N, 1, H, W], float32 (float64 for float64 images); with retPerLayer also a list of the
-    layers' shares.
-
-    Raises: FileNotFoundError where the trunk's weights should be; UserError (a ValueError) for a file without them;
-    ValueError or TypeError naming the argument.
-
-    Notes: Gradients reach either image, and twice; at pixels whose channels are all 0 they are 0 and not NaN. Norms and
-        sums are float32 for half types and under autocast. Exactly 0 for identical images. Deterministic wherever the
-        convolutions are.
-
-    Source: Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric; lpips 0.1.4.
-    """
-
-    def __init__(
-        self,
-        pretrained: bool = True,
-        net: str = "alex",
-        version: str = "0.1",
-        lpips: bool = True,
-        spatial: bool = False,
-        pnet_rand: bool = False,
-        pnet_tune: bool = False,
-        use_dropout: bool = True,
-        model_path: str | os.PathLike[str] | None = None,
-        eval_mode: bool = True,
-        verbose: bool = False,
-        *,
-        trunk_weights: trunks.Weights = None,
-        eps_mode: str = "lpips",
-    ) -> None:
-        super().__init__()
-        net = "vgg" if net == "vgg16" else check.choice("net", net, tuple(_NETS))
-        check.choice("version", version, ("0.1", "0.0"))
-        self.eps_mode = check.choice("eps_mode", eps_mode, F.EPS_MODES)
-        self.pnet_type, self.version, self.lpips, self.spatial = net, version, lpips, spatial
-        self.pnet_tune, self.pnet_rand = pnet_tune, pnet_rand
-        name, ends, self.chns = _NETS[net]
-        self.L = len(ends)
-
-        self.scaling_layer = _ScalingLayer()
-        features = trunks.TORCHVISION[name][0]()
-        if not pnet_rand:
-            state, source = trunks.state_for(name, trunk_weights)
-            trunks.load(nn.ModuleDict({"features": features}), state, source)
-        self.net = _Slices(features, ends)
-        self.lins = nn.ModuleList()
-        if lpips:
-            heads = [_Head(channels, use_dropout) for channels in self.chns]
-            for k, head in enumerate(heads):
-                self.add_module(f"lin{k}", head)
-            del self.lins  # lpips registers the list after the heads: the same order of keys
-            self.lins = nn.ModuleList(heads)
-            if pretrained:
-                self._load_heads(model_path or HEADS / f"v{version}_{net}.safetensors")
-        self._pinned = eval_mode and not pnet_tune
-        self.requires_grad_(not self._pinned)
-        self.net.requires_grad_(pnet_tune)
-        super().train(not eval_mode)
-        if verbose:
-            kind, switch = "LPIPS" if lpips else "baseline", "on" if spatial else "off"
-            print(f"Setting up [{kind}] perceptual loss: trunk [{net}], v[{version}], spatial [{switch}]")
-
-    def _load_heads(self, path: str | os.PathLike[str]) -> None:
-        state = trunks.read_weights(path)
-        for k, head in enumerate(self.lins):
-            assert isinstance(head, _Head)
-            keys = (f"lin{k}", f"lin{k}.model.1.weight", f"lin{k}.model.0.weight")
-            weight = next((state[key] for key in keys if key in state), None)
-            if weight is None or weight.numel() != head.weight.numel():
-                raise check.UserError(f"{path}: expected {keys[1]} with {head.weight.numel()} numbers")
-            with torch.no_grad():
-                head.weight.copy_(weight.reshape(head.weight.shape))
-        trunk = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-        if trunk:
-            trunks.load(self.net, trunk, str(path))
-
-    def train(self, mode: bool = True) -> "LPIPS":
-        return super().train(mode and not self._pinned)
-
-    def weights(self) -> list[Tensor]:
-        """The heads as [C] for each layer, ones without heads: what `F.lpips_distance` takes."""
-        if not self.lpips:
-            return [self.scaling_layer.scale.new_ones(channels) for channels in self.chns]
-        return [head.weight.flatten() for head in self.lins if isinstance(head, _Head)]
-
-    def features(self, images: Tensor, normalize: bool = False) -> Features:
-        """The trunk's maps of images, before normalisation; differentiable."""
-        _images("images", images)
-        if normalize:
-            images = 2 * images - 1
-        if self.version == "0.1":
-            images = self.scaling_layer(images)
-        return Features(tuple(self.net(images.expand(-1, 3, -1, -1))))
-
-    @torch.no_grad()
-    def target(self, images: Tensor, normalize: bool = False) -> Features:
-        """`features`, detached: compare with them as often as you like, `lpips(x, target)`."""
-        return self.features(images, normalize)
-
-    def forward(
-        self, in0: Tensor, in1: Tensor | Features, retPerLayer: bool = False, normalize: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        _images("in0", in0)
-        if not isinstance(in1, Features):
-            _images("in1", in1)
-            if in1.shape[2:] != in0.shape[2:]:
-                raise ValueError(f"in1: expected images of size {list(in0.shape[2:])}, got {list(in1.shape[2:])}")
-        samples0, samples1 = in0.shape[0], len(in1)
-        if samples0 != samples1 and 1 not in (samples0, samples1):
-            raise ValueError(f"in1: expected {samples0} images or 1, got {samples1}")
-        maps0 = self.features(in0, normalize).maps
-        maps1 = in1.maps if isinstance(in1, Features) else self.features(in1, normalize).maps
-        if samples0 != samples1:
-            samples = max(samples0, samples1) if 0 not in (samples0, samples1) else 0
-            maps0 = tuple(f.expand(samples, -1, -1, -1) for f in maps0)
-            maps1 = tuple(f.expand(samples, -1, -1, -1) for f in maps1)
-        shares = [
-            self._layer(k, f0, f1, weight, in0)
-            for k, (f0, f1, weight) in enumerate(zip(maps0, maps1, self.weights(), strict=True))
-        ]
-        value = shares[0]
-        for share in shares[1:]:
-            value = value + share
-        return (value, shares) if retPerLayer else value
-
-    def _layer(self, k: int, f0: Tensor, f1: Tensor, weight: Tensor, image: Tensor) -> Tensor:
-        dropout = self.training and self.lpips and len(self.lins[k].model) > 1  # type: ignore[arg-type]
-        if not self.spatial and not dropout:
-            return F.lpips_distance([f0], [f1], [weight], eps_mode=self.eps_mode)[:, None, None, None]
-        eps, inside = F.epsilon(self.eps_mode)
-        if dropout:
-            u0, u1 = (reference.normalise(f, eps, inside)[0] for f in (f0, f1))
-            each = tf.dropout((u0 - u1).square()) * weight[:, None, None]
-            each = each.sum(1, keepdim=True)
-        else:
-            each = reference.lpips_map(f0, f1, weight, eps, inside)
-        if not self.spatial:
-            return each.mean((2, 3), keepdim=True)
-        return tf.interpolate(each, size=image.shape[2:], mode="bilinear", align_corners=False)
-
-
-class PerceptualEmbedding(nn.Module):
-    """Images as points whose squared L2 distance is their LPIPS: E(x)_(l,c,p) = √(w_lc / H_l W_l) · u_lcp.
-
-    N·M distances then cost N + M passes of the network, and any nearest-neighbour search finds perceptual neighbours.
+    The numbers of the official code for a third of its work: it runs VGG16 on both images and back, twice for the
+    weights' gradients that nobody uses; here the network is frozen and a cached target costs nothing, 2 passes' worth
+    instead of 6.
 
     Args:
-        lpips: an `LPIPS` without `spatial`, whose heads are not negative (the published ones are not).
+        weights: of VGG16, as `fastgen.nn.trunk` takes them: None for torch hub's cache, a path or a state dict.
+        reduction: "none" for [N], "mean" for a scalar.
 
-    forward(x, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in [0, 1].
+    forward(x, target): images [N, 1 or 3, S, S] in [0, 1], of S = 16, 28 (padded with black to 32), 32, 64 or any S >
+        64, for which the images shrunk to a quarter are compared too; one channel counts as three equal ones. target
+        may be `loss.target(y)` or rows of it, or left out inside `with loss.target(y):`.
 
-    Returns: [N, E] float32 (float64 for float64 images), E = Σ_l C_l H_l W_l: 31,872 for "alex" at 64x64 pixels.
+    Returns: [N] float32 (float64 for float64 images), or its mean. Above 64 pixels the official code returns the mean.
 
-    Raises: ValueError for a negative head or a spatial LPIPS; TypeError for another module.
+    Raises: ValueError or TypeError naming the argument; FileNotFoundError where the weights should be.
 
-    Notes: Differentiable, with gradient 0 at pixels whose channels are all 0. ‖E(x) − E(y)‖² equals lpips(x, y) to 1e-5
-        relative in float32.
+    Notes: Taps are the official ones to the bit: modules 2, 7, 12, 21 and 30 of `features`, whose ReLUs work in place,
+        so relu1_2, relu2_2, relu3_2, relu4_3, but the last tap before its ReLU (conv2_2 at 16, conv3_2 at 28 and 32,
+        conv4_3 at 64 pixels) or pool5. No ImageNet mean and std. The pixel term is of the padded images in [−1, 1].
+        Gradients reach x, and target images that require them. Deterministic wherever the convolutions are.
 
-    Source: Zhang et al. 2018, eq. 1, read as a norm.
+    Source: Hoshen, Li & Malik 2019, eq. 2; github.com/yedidh/glann, vgg_metric.py, utils.py and glo.py.
     """
 
-    def __init__(self, lpips: LPIPS) -> None:
+    def __init__(self, weights: trunks.Weights = None, *, reduction: str = "none") -> None:
         super().__init__()
-        if not isinstance(lpips, LPIPS):
-            raise TypeError(f"lpips: expected a fastgen.nn.LPIPS, got {type(lpips).__name__}")
-        if lpips.spatial:
-            raise ValueError("lpips: expected spatial=False, got a spatial LPIPS")
-        if any(bool((weight < 0).any()) for weight in lpips.weights()):
-            raise ValueError("lpips: expected heads >= 0, whose roots scale the channels; got a negative weight")
-        self.lpips = lpips
+        self.reduction = check.choice("reduction", reduction, ("none", "mean"))
+        self.trunk = trunks.trunk("vgg16", weights, mean=[0.5] * 3, std=[0.5] * 3)
+        self.entered: list[Features] = []
 
-    def forward(self, x: Tensor, normalize: bool = False) -> Tensor:
-        parts = []
-        for f, weight in zip(self.lpips.features(x, normalize).maps, self.lpips.weights(), strict=True):
-            u = reference.normalise(f, *F.epsilon(self.lpips.eps_mode))[0]
-            scale = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()
-            parts.append((u * scale[:, None, None]).flatten(1))
-        return torch.cat(parts, 1)
+    def features(self, images: Tensor) -> Features:
+        """What is compared, differentiable: the images, the maps; above 64 pixels those of the shrunk images too."""
+        side = images.shape[2]
+        if images.shape[3] != side or (side <= 64 and side not in _GLANN_LEVELS):
+            raise ValueError(f"x: expected sides of 16, 28, 32, 64 or more pixels, got {list(images.shape[2:])}")
+        if side == 28:
+            images = padded(images, 32)
+        maps = [images, *self.trunk(images, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
+        if side > 64:
+            images = tf.avg_pool2d(images, 4)
+            maps += [images, *self.trunk(images, _GLANN_LAYERS[4])]
+        return Features(tuple(maps))
+
+    @torch.no_grad()
+    def target(self, y: Tensor) -> Features:
+        """The maps of target images, detached."""
+        images_of("y", y)
+        return Features(self.features(y).maps, weakref.ref(self))
+
+    def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
+        images_of("x", x)
+        if target is None:
+            target = entered_target("target", self.entered)
+        if not isinstance(target, Features):
+            images_of("target", target)
+            if target.shape != x.shape:
+                raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+                target = self.features(target)
+        elif len(target) != x.shape[0]:
+            raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
+        ours = self.features(x).maps
+        if len(ours) != len(target.maps):
+            raise ValueError(f"target: expected features of images of {list(x.shape[2:])} pixels, got another size")
+        # Images count twice: |(2x − 1) − (2y − 1)|.
+        weights = [2.0 if k == 0 or (k == 6 and x.shape[2] > 64) else 1.0 for k in range(len(ours))]
+        loss = F.feature_distance(ours, target.maps, distance="l1", layer_weight=weights)
+        return loss.mean() if self.reduction == "mean" else loss

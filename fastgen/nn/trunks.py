@@ -23,11 +23,15 @@ class Trunk(nn.Module):
     """
 
     layers: tuple[str, ...]
+    least: Mapping[str, int]  # the smallest side of an image that leaves something of a layer
+    channels_last = False
+    cuda_graph = False
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        self.least = {}
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -38,15 +42,15 @@ class Trunk(nn.Module):
         """Stays in eval mode: a parent's `.train()` must not change what the loss means."""
         return super().train(False)
 
-    def check_layers(self, layers: Iterable[str]) -> tuple[str, ...]:
+    def check_layers(self, layers: Iterable[str], argument: str = "layers") -> tuple[str, ...]:
         if isinstance(layers, str):
-            raise TypeError(f"layers: expected a sequence of names, got the string {layers!r}")
+            raise TypeError(f"{argument}: expected a sequence of names, got the string {layers!r}")
         layers = tuple(layers)
         unknown = [layer for layer in layers if layer not in self.layers]
         if unknown or not layers:
-            raise ValueError(f"layers: expected some of {', '.join(self.layers)}; got {list(layers)}")
+            raise ValueError(f"{argument}: expected some of {', '.join(self.layers)}; got {list(layers)}")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"layers: each name once, got {list(layers)}")
+            raise ValueError(f"{argument}: each name once, got {list(layers)}")
         return layers
 
     def normalised(self, x: Tensor) -> Tensor:
@@ -57,12 +61,66 @@ class Trunk(nn.Module):
         check.tensor("x", x, ndim=(4,))
         if x.shape[1] not in (1, 3):
             raise ValueError(f"x: expected [N, 1 or 3, H, W], got shape {list(x.shape)}")
-        taps = self.run(self.normalised(x), layers)
+        least = max(self.least.get(layer, 1) for layer in layers)
+        check_sides("x", x, least, f"layers {list(layers)}")
+        x = self.normalised(x)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        taps = self.run(x, layers)
         return [taps[layer] for layer in layers]
+
+    def __call__(self, x: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        if self.cuda_graph:
+            check_cuda("x", x)
+        maps: list[Tensor] = super().__call__(x, layers)
+        return [f.clone() for f in maps] if self.cuda_graph else maps  # the next replay writes to the graph's memory
 
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
         """Normalised images -> the maps by name."""
         raise NotImplementedError
+
+
+def check_sides(name: str, images: Tensor, least: int, whom: str) -> None:
+    if min(images.shape[2:]) < least:
+        raise ValueError(f"{name}: expected sides of at least {least} for {whom}, got {list(images.shape[2:])}")
+
+
+def check_cuda(name: str, images: Any) -> None:
+    if not (isinstance(images, Tensor) and images.is_cuda):
+        raise ValueError(f"{name}: expected images on a CUDA device for cuda_graph=True, got {check.describe(images)}")
+
+
+def compile_module(module: nn.Module, compiled: bool, cuda_graph: bool) -> None:
+    """In place, so that the keys of its state dict stay. CUDA graphs are those of torch.compile, which keeps account of
+    forward passes whose backward is still to come."""
+    if compiled or cuda_graph:
+        module.compile(fullgraph=True, mode="reduce-overhead" if cuda_graph else None)
+
+
+def least_sides(features: Iterable[nn.Module]) -> list[int]:
+    """For each module of a sequence, the smallest side of a square image of which it leaves something."""
+
+    def after(module: nn.Module, side: int) -> int:
+        if not isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
+            return side
+        sizes = (module.kernel_size, module.stride, module.padding)
+        kernel, stride, padding = (int(v) if isinstance(v, int) else int(v[0]) for v in sizes)
+        more = stride - 1 if isinstance(module, nn.MaxPool2d) and module.ceil_mode else 0
+        return (side + 2 * padding - kernel + more) // stride + 1
+
+    modules = list(features)
+    found: list[int] = []
+    for k in range(len(modules)):
+        side = found[-1] if found else 1
+        while True:
+            left = side
+            for module in modules[: k + 1]:
+                left = after(module, left) if left > 0 else 0
+            if left > 0:
+                break
+            side += 1
+        found.append(side)
+    return found
 
 
 class _Torchvision(Trunk):
@@ -72,6 +130,7 @@ class _Torchvision(Trunk):
         super().__init__(mean, std)
         self.features = features
         self.layers = tuple(layers.split())
+        self.least = dict(zip(self.layers, least_sides(features), strict=True))
         self.freeze()
 
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
@@ -331,6 +390,9 @@ def trunk(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    channels_last: bool = False,
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> Trunk:
     """A frozen trunk with ImageNet weights, for `PerceptualLoss`.
 
@@ -341,6 +403,10 @@ def trunk(
             nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that.
         mean, std: three numbers each, of images in [0, 1]; default the trunk's own. 0.5 and 0.5 give 2I − 1, GLANN's
             input to VGG16.
+        channels_last: convolutions and maps in that layout, which EfficientNet-lite0 has anyway.
+        compile: runs the network through torch.compile, with a compilation for each kind of input.
+        cuda_graph: that, replayed as CUDA graphs (torch.compile's mode "reduce-overhead"): for small images, where
+            launches cost more than the work. CUDA images only; the maps are copied out of the graph's memory.
 
     Returns: a `Trunk`; `.layers` names what can be tapped.
 
@@ -358,6 +424,11 @@ def trunk(
     else:
         features, _, layers = TORCHVISION[name]
         network = _Torchvision(features(), layers, mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
+        if channels_last:
+            network.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.channels_last = True
+    compile_module(network, compile, cuda_graph)
+    network.cuda_graph = cuda_graph
     if isinstance(weights, str) and weights == "random":
         return network
     state, source = state_for(name, weights)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastgen.reference.langevin import philox
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type that sums are made in, and that values come in."""
@@ -66,3 +68,38 @@ def feature_distance_backward(grad: Tensor, f0: Tensor, f1: Tensor, squared: boo
     slope = 2 * difference if squared else torch.where(difference.isnan(), difference, difference.sign())
     each = grad.to(slope.dtype) * (f0.shape[0] / max(f0.numel(), 1))
     return (slope * each.reshape(-1, *[1] * (f0.ndim - 1))).to(f0.dtype)
+
+
+RUN = 64  # pixels that share a counter
+
+
+def projection(
+    channels: int, pixels: int, dim: int, seed: int, layer: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Bucket in [0, dim) and sign, ±1, of each coordinate of a layer, [channels, pixels].
+
+    Pixels p = 64 r + j of channel c share the Philox 4x32-10 words w of counter (r, c, layer, 0) and key seed: the sign
+    is negative where bit j mod 32 of w[j div 32] is set, the bucket (⌊w[2]·dim / 2³²⌋ + j) mod dim.
+    """
+    c = torch.arange(channels, device=device)[:, None]
+    p = torch.arange(pixels, device=device)[None, :]
+    run, j = p // RUN, p % RUN
+    runs = torch.arange((pixels + RUN - 1) // RUN, device=device)[None, :]
+    zero = torch.zeros_like(runs + c)
+    w0, w1, w2, _ = philox(runs + zero, c + zero, zero + layer, zero, seed)
+    run = run.expand(channels, -1)
+    word = torch.where(j < 32, w0.gather(1, run), w1.gather(1, run))
+    bucket = ((w2.gather(1, run) * dim >> 32) + j) % dim
+    return bucket, 1 - 2 * (word >> j % 32 & 1)
+
+
+def lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+    """√(w_c / HW) u of f [N, C, H, W], added up with signs into the buckets of `projection` -> [N, dim]."""
+    u = normalise(f, eps, eps_inside)[0]
+    c, pixels = f.shape[1], f.shape[2] * f.shape[3]
+    bucket, sign = projection(c, pixels, dim, seed, layer, f.device)
+    scale = (weight.to(u.dtype) / pixels).sqrt()[:, None] * sign
+    rows = (u.flatten(2) * scale).flatten(1).t()
+    out = rows.new_zeros(dim, f.shape[0])
+    # index_add would add in any order on CUDA; index_put sorts first
+    return out.index_put((bucket.flatten(),), rows, accumulate=True).t().contiguous()

@@ -110,6 +110,99 @@ def test_laplacian_pyramid_gradcheck():
     assert torch.autograd.gradcheck(lambda a, b: F.laplacian_pyramid_loss(a, b, levels=2), (x, y))
 
 
+def naive_laplacian_gradient(x, y, levels, kernel):
+    """Σ_j Lᵀ_j sign(L_j (x − y)) / size_j from the pyramid written out as matrices."""
+    shape, size = x.shape[2:], x[0, 0].numel()
+    channels = x.shape[1]
+    current, found = torch.eye(size).double(), torch.zeros(x.shape).double()
+    flat = (x - y).flatten(2).double()
+    r = len(kernel) // 2
+
+    def share(matrix):
+        maps = flat @ matrix.t()
+        scale = channels * matrix.shape[0]
+        return (maps.sign() @ matrix / scale).view(x.shape)
+
+    for _ in range(levels):
+        h, w = shape
+        blur = torch.zeros(h * w, h * w).double()
+        for i in range(h):
+            for j in range(w):
+                for a in range(-r, r + 1):
+                    for b in range(-r, r + 1):
+                        at = min(max(i + a, 0), h - 1) * w + min(max(j + b, 0), w - 1)
+                        blur[i * w + j, at] += kernel[a + r, b + r]
+        found += share(current - blur @ current)
+        half = (h // 2, w // 2)
+        pool = torch.zeros(half[0] * half[1], h * w).double()
+        for i in range(half[0]):
+            for j in range(half[1]):
+                for a in (0, 1):
+                    for b in (0, 1):
+                        pool[i * half[1] + j, (2 * i + a) * w + 2 * j + b] = 0.25
+        current, shape = pool @ blur @ current, half
+    return found + share(current)
+
+
+KERNELS = {
+    "minimal_glo": None,
+    "burt_adelson": torch.tensor([[a * b / 256 for a in (1, 4, 6, 4, 1)] for b in (1, 4, 6, 4, 1)]),
+    "own": torch.tensor([[0.0, 0.1, 0.0], [0.25, 0.5, 0.05], [0.0, 0.3, -0.2]]),
+}
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_laplacian_kernels(oracle, name):
+    x, y = torch.rand(2, 2, 9, 12).double().requires_grad_(), torch.rand(2, 2, 9, 12).double()
+    kernel = KERNELS[name]
+    got = F.laplacian_pyramid_loss(x, y, levels=2, kernel=kernel if name == "own" else name)
+    for i in range(2):
+        want = oracle.laplacian_pyramid_loss(x.detach()[i : i + 1], y[i : i + 1], 2, kernel)
+        assert float(got[i].detach()) == pytest.approx(want, rel=1e-6 if name == "own" else 1e-12)
+    if name == "minimal_glo":
+        bump = [torch.tensor(-((i - 2) ** 2) / 4).double().exp() for i in range(5)]
+        kernel = torch.tensor([[a + b for a in bump] for b in bump]).double()
+        kernel = kernel / kernel.sum()
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    want = naive_laplacian_gradient(x.detach(), y, 2, kernel.double())
+    torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-12)
+    tied = x.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.laplacian_pyramid_loss(tied, x.detach(), levels=2).sum(), tied)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 17, 2, 2), (0, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_gram_matrix(oracle, shape, last):
+    f = torch.randn(shape).double()
+    if last:
+        f = f.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(F.gram_matrix(f), oracle.gram(f), rtol=1e-12, atol=1e-14)
+    if shape[0]:
+        g = f[:, :, :2, :3].requires_grad_()
+        assert torch.autograd.gradcheck(F.gram_matrix, g)
+        assert torch.autograd.gradgradcheck(F.gram_matrix, g)
+        (grad,) = torch.autograd.grad(F.gram_matrix(g).square().sum(), g)
+        leaf = g.detach().clone().requires_grad_()
+        flat = leaf.flatten(2)
+        (want,) = torch.autograd.grad(((flat @ flat.mT) / flat[0].numel()).square().sum(), leaf)
+        torch.testing.assert_close(grad, want)
+
+
+def test_gram_sums_are_float32(oracle):
+    f = torch.full((1, 64, 16, 16), 250.0, dtype=torch.float16)  # Σf² = 1.6e7 a channel
+    f[:, ::2] *= -1
+    got = F.gram_matrix(f)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), oracle.gram(f), rtol=1e-6, atol=0)
+    g = torch.randn(2, 8, 40, 40).bfloat16().requires_grad_()
+    torch.testing.assert_close(F.gram_matrix(g).double(), oracle.gram(g.detach()), rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(F.gram_matrix(g), F.gram_matrix(g.detach()))
+    (grad,) = torch.autograd.grad(F.gram_matrix(g).sum(), g)
+    assert grad.dtype == torch.bfloat16
+
+
 def test_dtypes_promote_and_sums_are_wide():
     f0, f1, w = pyramid(dtype=torch.float32), pyramid(dtype=torch.float32), heads(torch.float32)
     half = [f.to(torch.bfloat16) for f in f1]
@@ -181,6 +274,11 @@ def test_compile_without_break_or_recompile():
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0]), ValueError, r"x: .*2\*\*levels = 8"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0][:1], levels=1), ValueError, "y: expected the shape of x"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=0), ValueError, "levels"),
+        (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel="box"), ValueError, "kernel: .*'box'"),
+        (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel=w[0]), ValueError, "kernel: expected 2"),
+        (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel=f[0][0, 0]), ValueError, "of an odd k"),
+        (lambda f, w: F.gram_matrix(f[0][0]), ValueError, "features: expected 4 dimensions"),
+        (lambda f, w: F.gram_matrix(f[0][:, :0]), ValueError, "features: expected at least one element"),
     ],
 )
 def test_errors(call, error, message):

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from fastgen.nn import Features, PerceptualLoss, trunk
+from fastgen.nn import Features, GLANNLoss, PerceptualLoss, trunk
 
 LAYERS = ("block0", "block2", "block4")
 
@@ -117,7 +117,10 @@ def test_compile(lite0):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"style_weight": 1.0}, NotImplementedError, "style_weight=1.0 is not built yet"),
+        ({"style_weight": -1.0}, ValueError, "style_weight"),
+        ({"style_layers": ["block1"]}, ValueError, "style_layers: expected style_weight > 0"),
+        ({"style_weight": 1.0, "style_layers": ["x"]}, ValueError, "style_layers: expected some of stem"),
+        ({"style_weight": 1.0, "style_layers": "stem"}, TypeError, "style_layers: expected a sequence"),
         ({"layers": ["block99"]}, ValueError, "layers: expected some of stem, block0"),
         ({"layers": "block0"}, TypeError, "layers: expected a sequence"),
         ({"layers": []}, ValueError, "layers"),
@@ -152,3 +155,110 @@ def test_forward_errors(lite0, arguments, message):
         loss(*arguments)
     with pytest.raises(ValueError, match="target: expected features of 2 images, got 3"):
         loss(torch.rand(2, 1, 8, 8), loss.target(torch.rand(3, 1, 8, 8)))
+
+
+@pytest.mark.parametrize("layers", [("block0", "block2"), ()], ids=["content and style", "style"])
+def test_style(oracle, lite0, layers):
+    style = ("stem", "block2")
+    loss = PerceptualLoss(lite0, layers=layers, style_weight=3.0, style_layers=style, pixel_weight=0.5, distance="l2")
+    x, y = torch.rand(2, 3, 12, 12, requires_grad=True), torch.rand(2, 3, 12, 12)
+    content = [[image, *(lite0(image, layers) if layers else [])] for image in (x.detach(), y)]
+    want = oracle.feature_distance(*content, "l2", [0.5] + [1.0] * len(layers))
+    for a, b in zip(lite0(x.detach(), style), lite0(y, style), strict=True):
+        want = want + 3.0 * (oracle.gram(a) - oracle.gram(b)).square().sum((1, 2))
+    torch.testing.assert_close(loss(x, y).double(), want, rtol=1e-5, atol=0)
+    target = loss.target(y)
+    assert torch.equal(loss(x, target), loss(x, y))
+    assert [f.ndim for f in target.maps] == [4] * (1 + len(layers)) + [3, 3]
+    (grad,) = torch.autograd.grad(loss(x, target).sum(), x)
+    leaf = x.detach().clone().requires_grad_()
+    maps = lite0(leaf, ("stem", "block0", "block2"))
+    total = 0.5 * (leaf - y).square().flatten(1).mean(1)
+    pairs = zip(maps, lite0(y, ("stem", "block0", "block2")), strict=True)
+    named = dict(zip(("stem", "block0", "block2"), pairs, strict=True))
+    for layer in layers:
+        total = total + (named[layer][0] - named[layer][1]).square().flatten(1).mean(1)
+    for layer in style:
+        grams = [f.flatten(2) @ f.flatten(2).mT / f[0].numel() for f in named[layer]]
+        total = total + 3 * (grams[0] - grams[1]).square().sum((1, 2))
+    (want,) = torch.autograd.grad(total.sum(), leaf)
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-7)
+    default = PerceptualLoss(lite0, layers=style, style_weight=1.0)
+    assert default.style_layers == style
+
+
+def test_inside_a_target(lite0):
+    loss = PerceptualLoss(lite0, layers=LAYERS)
+    x, y = torch.rand(2, 1, 9, 9), torch.rand(2, 1, 9, 9)
+    with loss.target(y):
+        assert torch.equal(loss(x), loss(x, y))
+    with pytest.raises(ValueError, match="target: expected images, or features"):
+        loss(x)
+
+
+def random_vgg():
+    from fastgen.nn import trunks
+
+    features = trunks.vgg16_features()
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            nn.init.normal_(module.bias, std=0.1)
+    return features, {f"features.{key}": value for key, value in features.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "levels"), [(16, 3, 2), (28, 1, 3), (32, 3, 3), (64, 1, 4), (72, 3, 5)], ids=str
+)
+def test_glann_is_the_official_loss(oracle, side, channels, levels):
+    features, state = random_vgg()
+    loss = GLANNLoss(state)
+    assert not any(p.requires_grad for p in loss.parameters())
+    x, y = torch.rand(2, channels, side, side), torch.rand(2, channels, side, side)
+    a = x.double().requires_grad_()
+    want = oracle.glann_loss(features.double(), a, y, levels, side > 64)
+    (slope,) = torch.autograd.grad(want.sum(), a)
+    x.requires_grad_()
+    got = loss(x, y)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=0)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert float((grad.double() - slope).norm() / slope.norm()) < 0.02  # signs of L1 turn where maps all but meet
+    passes = []
+    target = loss.target(y)
+    loss.trunk.features[0].register_forward_hook(lambda *_: passes.append(1))
+    assert torch.equal(loss(x, target), got)
+    assert len(passes) == (2 if side > 64 else 1)
+    with target:
+        assert torch.equal(loss(x), got)
+    assert GLANNLoss(state, reduction="mean")(x, y) == got.mean()
+    assert torch.equal(loss(x, x.detach().clone()), torch.zeros(2))
+
+
+def test_glann_taps_to_the_bit():
+    """Modules 2, 7, 12 and 21 of torchvision's features: the last before its ReLU, the others behind it."""
+    features, state = random_vgg()
+    loss, x = GLANNLoss(state), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        z, want = 2 * x - 1, []
+        for i, module in enumerate(features[:22]):
+            z = module(z)
+            if i in (2, 7, 12, 21):
+                want.append(z)
+    got = loss.features(x).maps[1:]
+    assert len(got) == 4
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[3].min() < 0 <= got[2].min()
+
+
+def test_glann_errors():
+    loss = GLANNLoss("random")
+    for shape in ((1, 3, 24, 24), (1, 3, 64, 65)):
+        with pytest.raises(ValueError, match="x: expected sides of 16, 28, 32, 64 or more"):
+            loss(torch.rand(shape), torch.rand(shape))
+    target = loss.target(torch.rand(1, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"target: expected features of images of \[28, 28\] pixels"):
+        loss(torch.rand(1, 1, 28, 28), target)
+    with pytest.raises(ValueError, match="target: expected features of 2 images, got 1"):
+        loss(torch.rand(2, 1, 16, 16), target)
+    with pytest.raises(ValueError, match="reduction"):
+        GLANNLoss("random", reduction="sum")

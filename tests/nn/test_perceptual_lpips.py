@@ -7,7 +7,7 @@ from torch import nn
 from fastgen import check
 from fastgen.functional import lpips_distance
 from fastgen.nn import LPIPS, PerceptualEmbedding, trunks
-from fastgen.nn.perceptual import _NETS, HEADS
+from fastgen.nn.perceptual_lpips import _NETS, HEADS
 
 NETS = ["alex", "vgg", "squeeze"]
 
@@ -153,6 +153,11 @@ def test_missing_trunk_and_random(tmp_path, monkeypatch):
     torch.manual_seed(1)
     first = LPIPS(pretrained=False, pnet_rand=True)
     second = LPIPS(pretrained=False, pnet_rand=True)
+    x = torch.rand(1, 3, 40, 40)
+    with pytest.raises(ValueError, match="pretrained=False: the heads are random: load_state_dict first"):
+        first(x, x)
+    training = LPIPS(pretrained=False, pnet_rand=True, eval_mode=False)
+    assert training(x, x.flip(3)).requires_grad
     assert not torch.equal(first.weights()[0], second.weights()[0])
     assert not torch.equal(first.net.slice1[0].weight, second.net.slice1[0].weight)
 
@@ -213,7 +218,12 @@ def test_gray_autocast_half_inputs():
         (lambda: LPIPS(pnet_rand=True)(torch.rand(2, 4, 40, 40), torch.rand(2, 4, 40, 40)), ValueError, "in0"),
         (lambda: PerceptualEmbedding(nn.Identity()), TypeError, "lpips: expected a fastgen.nn.LPIPS"),
         (lambda: PerceptualEmbedding(LPIPS(pnet_rand=True, spatial=True)), ValueError, "spatial"),
-        (lambda: PerceptualEmbedding(LPIPS(pretrained=False, pnet_rand=True)), ValueError, "negative"),
+        (lambda: PerceptualEmbedding(LPIPS(pretrained=False, pnet_rand=True)), ValueError, "the heads are random"),
+        (
+            lambda: PerceptualEmbedding(LPIPS(pretrained=False, pnet_rand=True, eval_mode=False)),
+            ValueError,
+            "negative",
+        ),
     ],
 )
 def test_errors(call, error, message):

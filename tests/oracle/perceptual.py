@@ -46,18 +46,83 @@ def feature_distance(maps0: list[Tensor], maps1: list[Tensor], distance: str, la
     return total
 
 
-def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int) -> float:
+def philox(counter: list[int], seed: int) -> list[int]:
+    """Philox 4x32-10 in Python's integers."""
+    c, key = list(counter), [seed % 2**32, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [b >> 32 ^ c[1] ^ key[0], b % 2**32, a >> 32 ^ c[3] ^ key[1], a % 2**32]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def projection(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps_mode: str) -> Tensor:
+    """LPIPS's embedding of one layer, coordinate by coordinate into its bucket."""
+    n, channels, h, w = f.shape
+    out = torch.zeros(n, dim, dtype=torch.float64)
+    for i in range(n):
+        for p in range(h * w):
+            u = unit(f[i, :, p // w, p % w].double(), eps_mode)
+            for c in range(channels):
+                words = philox([p // 64, c, layer, 0], seed)
+                sign = -1 if words[p % 64 // 32] >> (p % 32) & 1 else 1
+                bucket = ((words[2] * dim >> 32) + p % 64) % dim
+                out[i, bucket] += sign * float(weight[c] / (h * w)) ** 0.5 * float(u[c])
+    return out
+
+
+def gram(f: Tensor) -> Tensor:
+    f = f.double()
+    n, c, h, w = f.shape
+    found = torch.zeros(n, c, c, dtype=torch.float64)
+    for i in range(n):
+        for a in range(c):
+            for b in range(c):
+                found[i, a, b] = (f[i, a] * f[i, b]).sum() / (c * h * w)
+    return found
+
+
+def glann_loss(features: nn.Sequential, x: Tensor, y: Tensor, levels: int, several_scales: bool = False) -> Tensor:
+    """GLANN's official distance as it is written: 2I − 1, gray as three, 28 padded, taps that later ReLUs overwrite."""
+    ids = [2, 7, 12, 21, 30]
+    modules = [nn.ReLU(inplace=True) if isinstance(module, nn.ReLU) else module for module in features]
+
+    def taps(z: Tensor, levels: int) -> list[Tensor]:
+        z, output = z.clone(), []
+        for i in range(ids[:levels][-1] + 1):
+            z = modules[i](z)
+            if i in ids[:levels]:
+                output.append(z)
+        return output
+
+    def distance(a: Tensor, b: Tensor, levels: int) -> Tensor:
+        loss = (a - b).abs().flatten(1).mean(1)
+        for f, g in zip(taps(a, levels), taps(b, levels), strict=True):
+            loss = loss + (f - g).abs().flatten(1).mean(1)
+        return loss
+
+    images = [image.double().expand(-1, 3, -1, -1) for image in (x, y)]
+    if x.shape[2] == 28:
+        images = [tf.pad(image, (2, 2, 2, 2)) for image in images]
+    images = [2 * image - 1 for image in images]
+    loss = distance(*images, levels)
+    if several_scales:
+        loss = loss + distance(*(tf.avg_pool2d(image, 4) for image in images), 4)
+    return loss
+
+
+def laplacian_pyramid_loss(x: Tensor, y: Tensor, levels: int, kernel: Tensor | None = None) -> float:
     """minimal_glo's LapLoss: both pyramids, a kernel of summed squared bumps, one scalar."""
     bumps = [
         [math.exp((i - 2) ** 2 / -8.0) ** 2 + math.exp((j - 2) ** 2 / -8.0) ** 2 for i in range(5)] for j in range(5)
     ]
-    kernel = torch.tensor(bumps, dtype=torch.float64)
+    kernel = torch.tensor(bumps, dtype=torch.float64) if kernel is None else kernel.double()
     kernel = (kernel / kernel.sum()).repeat(x.shape[1], 1, 1)[:, None]
 
     def pyramid(image: Tensor) -> list[Tensor]:
         found, current = [], image.double()
         for _ in range(levels):
-            low = tf.conv2d(tf.pad(current, (2, 2, 2, 2), mode="replicate"), kernel, groups=x.shape[1])
+            low = tf.conv2d(tf.pad(current, [len(kernel[0, 0]) // 2] * 4, mode="replicate"), kernel, groups=x.shape[1])
             found.append(current - low)
             current = tf.avg_pool2d(low, 2)
         return [*found, current]
