@@ -228,7 +228,7 @@ class LangevinSampler(nn.Module):
                 )
             grad = None
             if energy.requires_grad:
-                (grad,) = torch.autograd.grad(energy.sum(), state, allow_unused=True)
+                (grad,) = torch.autograd.grad(energy, state, torch.ones_like(energy), allow_unused=True)
             if grad is None:
                 raise ValueError(
                     "energy(x): expected a function differentiable in x, got a result without a graph to x"
@@ -346,14 +346,13 @@ class _Chains:
             self.record(~log_alpha.isnan(), energy)
         else:
             energy, grad = sampler._gradient(self.x)
-            ok = energy.isfinite()
             if self.reset:
-                ok &= _finite(grad) & _finite(self.x)
+                ok = energy.isfinite() & _finite(grad) & _finite(self.x)
                 grad = self.put_back(ok, grad, energy)
                 self.record(ok, energy)
                 energy = self.energy.to(energy.dtype)
-            else:
-                self.record(ok, energy)
+            elif not (self.eager_check and math.isfinite(energy.sum())):  # a finite sum clears them all
+                self.record(energy.isfinite(), energy)
             self.keep(energy)
             sampler._step(self.x, grad, h, s, **key)
         self.step += 1  # in place where it is a tensor
