@@ -58,6 +58,7 @@ class _Frame:
             check.choice("penalty", a["penalty"], ("energy", "score"))
         self.learner: Learner | None = None
         self.images: data.Images | None = None
+        self._drawn: Tensor | None = None
 
     def fit(
         self,
@@ -155,6 +156,12 @@ class _Frame:
             parts.append(learner.image(x))
         return torch.cat(parts)
 
+    def _some(self) -> Tensor:
+        """Eight samples of seed 0, drawn once for figures and pictures."""
+        if self._drawn is None:
+            self._drawn = self.sample(8, seed=0)
+        return self._drawn
+
     def measure(self, run: Run, images: data.Images) -> dict[str, Any]:
         """U over D of the chains, the data and new samples, and of deep FRAME how well filter means match."""
         assert self.learner is not None, "fit or load first"
@@ -163,9 +170,9 @@ class _Frame:
         shape = tuple(learner.chains.shape[1:])
         low, high = learner.bounds
         as_state = {who: x * (high - low) + low for who, x in (("train", images.train), ("test", images.test))}
-        drawn = self.sample(16, seed=0) * (high - low) + low
+        drawn = self._some() * (high - low) + low
         states = {"chains": learner.chains, "samples": drawn, **as_state}
-        states["reference"] = learner.start(16, generator(0, 0, 6), shape)
+        states["reference"] = learner.start(8, generator(0, 0, 6), shape)
         result: dict[str, Any] = {}
         done = int(learner.energies.isfinite().sum())
         result["rounds"], result["Langevin steps"] = done, int(learner.taken)
@@ -189,11 +196,11 @@ class _Frame:
         assert self.learner is not None, "fit or load first"
         assert self.images is not None
         learner, train = self.learner, self.images.train
-        kept = min(16, len(learner.chains))
+        kept = min(8, len(learner.chains))
         panels = {
-            "data": train[:: max(1, len(train) // 16)][:16],
+            "data": train[:: max(1, len(train) // 8)][:8],
             f"chains after {int(learner.taken)} steps": learner.image(learner.chains[:kept]),
-            f"new chains, {self.arguments['sample_steps']} steps": self.sample(16, seed=0),
+            f"new chains, {self.arguments['sample_steps']} steps": self._some(),
         }
         report.samples(folder / "samples.png", panels, side=4)
         over_time = learner.snapshots.transpose(0, 1).float() / 255
