@@ -460,7 +460,7 @@ def test_two_processes_train_and_a_changed_number_of_processes_is_told(
     for a, b in zip(one, two, strict=True):  # and the same steps, but for the order in which gradients are summed
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     assert main(["train", "imle", f"--out={out}", "--resume"]) == 2
-    assert "processes: the run in" in capsys.readouterr().err
+    assert "goes on with as many as it began with, 2; got 1" in capsys.readouterr().err
 
 
 def test_load_and_sample_are_deterministic(images: data.Images, whole: Path) -> None:
