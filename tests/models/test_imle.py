@@ -436,7 +436,7 @@ def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path) -> None
     assert float(rows[-1]["pull"]) < 0.7 * float(rows[0]["pull"])
     for row in rows:
         assert float(row["loss"]) == pytest.approx(float(row["pull"]) + 4 * float(row["push"]), rel=1e-5)
-    # Samples seek several data; with weight 1 in place of 4 they end at one.
+    # Not all samples seek the same datum.
     near = torch.cdist(first.sample(200, seed=0).flatten(1), images.train.flatten(1)).argmin(1)
     assert len(near.unique()) >= 3
     cut = str(tmp_path / "cut")
