@@ -1,58 +1,140 @@
-"""Time, memory and error of fastgen beside its peers: python -m benchmarks mmd --device cpu --out FILE.json"""
+"""Time, memory and error of fastgen beside its peers.
+
+    python -m benchmarks [mmd|langevin|perceptual|nearest|all]     measure
+    python -m benchmarks report RESULTS...                         report.md, pictures, regressions
+    python -m benchmarks largest [FAMILY] --memory 256MiB          the largest N that fits, for each provider
+    python -m benchmarks static                                    what the Triton kernels cost on sm_90, without a GPU
+    python -m benchmarks gpu test|bench|tune|profile               the stages of `make gpu`
+
+Each says more with --help.
+"""
 
 import argparse
+import contextlib
 import importlib
 import sys
-from dataclasses import replace
+from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import machine, memory, results
+from benchmarks.harness import Measurer, Work, seconds_text
 
 FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
+ROUNDS = {"demo": 3, "quick": 5, "full": 11, "huge": 11}
 
 
-def works(family: str, scale: str) -> list[harness.Work]:
-    """What `benchmarks/<family>.py` measures at a scale: demo (seconds), quick, full."""
-    found: list[harness.Work] = importlib.import_module(f"benchmarks.{family}").works(scale)
+def works(family: str, scale: str) -> list[Work]:
+    """What `benchmarks/<family>.py` measures at a scale: demo (seconds), quick, full, huge (hours)."""
+    found: list[Work] = importlib.import_module(f"benchmarks.{family}").works(scale)
     return found
-
-
-def _memory(family: str, name: str, provider: str) -> int:
-    for scale in ("full", "quick", "demo"):
-        for work in works(family, scale):
-            if work.name == name:
-                print(harness.memory_probe(work, provider))
-                return 0
-    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["_memory"]:
-        return _memory(*argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+        return memory.serve(argv[1])
+    if argv[:1] == ["_base"]:
+        return int(importlib.import_module("benchmarks.base").serve(*argv[1:]))
+    if argv[:1] and argv[0] in ("report", "largest", "static", "gpu"):
+        module = {"largest": "growth"}.get(argv[0], argv[0])
+        try:
+            return int(importlib.import_module(f"benchmarks.{module}").main(argv[1:]))
+        except ValueError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 2
+    try:
+        return measure(argv)
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", default="all", choices=[*FAMILIES, "all", "demo"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
-    parser.add_argument("--provider", action="append", help="only these")
-    parser.add_argument("--out", metavar="FILE.json")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a few small sizes, fewer rounds")
+    size.add_argument("--huge", action="store_true", help="the largest sizes too, each once; hours")
+    parser.add_argument("--provider", action="append", help="only this one, and again for another")
+    parser.add_argument("--work", action="append", metavar="TEXT", help="only works whose names have it, and again")
+    parser.add_argument("--base", metavar="GIT_REF", help="measure that ref's fastgen beside ours")
+    parser.add_argument("--patience", type=float, default=6.0, help="seconds that one call may take (default 6)")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--out", metavar="FILE.json", help="written as the rows come")
+    parser.add_argument("--resume", action="store_true", help="leave out the works that FILE.json has already")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
+    if arguments.resume and not arguments.out:
+        parser.error("--resume: expected --out FILE.json with it")
     device = torch.device(arguments.device)
-    scale = "demo" if arguments.what == "demo" else "quick" if arguments.quick else "full"
-    rows = []
-    for family in FAMILIES if arguments.what in ("all", "demo") else (arguments.what,):
-        for work in works(family, scale):
-            if arguments.provider:
-                work = replace(work, providers={k: v for k, v in work.providers.items() if k in arguments.provider})
-            rows += harness.measure(work, device, rounds=7 if scale == "full" else 3)
-            print(f"{work.family}: {work.name}", file=sys.stderr, flush=True)
+    scale = "demo" if arguments.what == "demo" else "quick" if arguments.quick else "huge" if arguments.huge else "full"
+    families = FAMILIES if arguments.what in ("all", "demo") else (arguments.what,)
+    chosen = [work for family in families for work in works(family, scale)]
+    if arguments.work:
+        chosen = [work for work in chosen if any(text in work.name for text in arguments.work)]
+        if not chosen:
+            raise ValueError(f"--work: expected part of a work's name, got {', '.join(arguments.work)}")
+    for name in arguments.provider or ():
+        if not any(name in work.providers for work in chosen):
+            known = sorted({name for work in chosen for name in work.providers})
+            raise ValueError(f"--provider: expected one of {', '.join(known)}, got {name!r}")
+    content: dict[str, Any] = {"machine": machine.describe(device), "scale": scale, "rows": []}
+    with contextlib.suppress(ValueError):
+        if arguments.resume:
+            earlier = results.load(arguments.out)
+            same = all(earlier["machine"].get(k) == content["machine"][k] for k in ("device", "commit", "torch"))
+            content["rows"] = earlier["rows"] if same and earlier.get("scale") == scale else []
+    content["machine"]["limits"] = limits = machine.limits(device, quick=scale in ("demo", "quick"))
+    done = {(row["family"], row["work"]) for row in content["rows"]}
+    with contextlib.ExitStack() as stack:
+        run = Measurer(
+            device,
+            rounds=ROUNDS[scale],
+            at_least=0.02 if scale == "demo" else 0.05,
+            patience=float("inf") if scale == "huge" else arguments.patience,
+            limits=limits,
+            rows=content["rows"],
+        )
+        children: list[int] = []
+        run.children = lambda: children
+        if device.type == "cpu":
+            if not arguments.no_memory:
+                server = stack.enter_context(memory.server(scale))
+                run.memory = server.peak_bytes
+            memory.limit_process()
+        elif not arguments.no_memory:
+            run.memory = lambda work, provider: memory.cuda_probe(work, provider, device)
+        if arguments.base:
+            base = importlib.import_module("benchmarks.base")
+            tree = stack.enter_context(base.worktree(arguments.base))
+            other = base.Other(tree, scale, device)
+            stack.callback(other.close)
+            children.append(other.process.pid)
+            run.base, run.base_name = other.ready, f"fastgen@{arguments.base}"
+        for work in chosen:
+            if (work.family, work.name) in done:
+                continue
+            print(f"{work.family}: {work.name}", end="", file=sys.stderr, flush=True)
+            rows = run.measure(work, arguments.provider)
+            best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)
+            print(f": {best or 'nothing to time'}", file=sys.stderr, flush=True)
             if arguments.out:
-                harness.save(arguments.out, rows, device)
-    print(harness.table(rows))
-    return 0
+                results.save(arguments.out, content)
+    print(results.table(content["rows"]))
+    growth = importlib.import_module("benchmarks.growth").text(content["rows"])
+    if growth:
+        print("\n" + growth)
+    if warned := results.warning(content["rows"]):
+        print("\n" + warned, file=sys.stderr)
+    wrong = [row for row in content["rows"] if row["status"] == "wrong" and results.ours(row["provider"])]
+    for row in wrong:
+        print(f"fastgen is wrong: {row['work']}, {row['provider']}: error {row['error']:.1e}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,21 +1,39 @@
 """One harness for every family: check against float64 first, then time in interleaved rounds, then measure memory."""
 
-import contextlib
-import json
-import os
-import platform
-import resource
-import subprocess
-import sys
+import gc
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from benchmarks import machine
+
 Run = Callable[[], Any]  # returns a tensor or a tuple of them: what is compared with the oracle
+Setup = Callable[[Any], Run]
+Row = dict[str, Any]
+DEVICES = ("cpu", "cuda")
+COPIES = 8  # of the inputs at most: beyond that they are small enough to stay in the cache in use, too
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a work, as its users would call it.
+
+    setup: inputs -> Run. ImportError lists the provider as missing, any other exception as failed.
+    devices: where it can run at all; elsewhere it has no row.
+    outside: it allocates device memory that torch's allocator does not see (FAISS, KeOps)
+    check: (inputs, result) -> its error by a standard of its own, and the tolerance of that
+    """
+
+    setup: Setup
+    devices: tuple[str, ...] = DEVICES
+    outside: bool = False
+    check: Callable[[Any, Any], float] | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -23,178 +41,251 @@ class Work:
     """One thing to compute, and everybody who can compute it.
 
     inputs: device -> whatever the providers take; the same values at every call
-    providers: name -> (inputs -> Run); `fastgen` is ours, `eager` the plain torch that users have today. The setup may
-        raise ImportError: the provider is then listed as missing.
-    oracle: inputs -> the float64 result, or None where only speed is at stake (noise)
-    tolerance: of ‖result − oracle‖ / ‖oracle‖, for each returned tensor
+    providers: name -> Provider or its setup; `fastgen` is ours, `eager` the plain torch that users have today
+    oracle: inputs -> the float64 result
+    tolerance: of the error
+    error: (result, expected) -> how far off; None is the greatest ‖result − expected‖ / ‖expected‖ of the tensors
+    facts: (result, expected) -> more that its row says, such as the share of right indices
+    series, size: works of one series differ in `size` alone, {"N": 4096, "D": 64}: a curve of the pictures
+    operations, moved: the arithmetic and the bytes that the mathematics asks for at the least, for the shares of what
+        the machine can do; a provider that does more of either reaches less
+    once: too long for quantiles
     """
 
     family: str
     name: str
     inputs: Callable[[torch.device], Any]
-    providers: dict[str, Callable[[Any], Run]]
-    oracle: Callable[[Any], Any] | None
+    providers: Mapping[str, Provider | Setup]
+    oracle: Callable[[Any], Any]
     tolerance: float = 1e-4
+    error: Callable[[Any, Any], float] | None = None
+    facts: Callable[[Any, Any], dict[str, Any]] | None = None
+    series: str = ""
+    size: dict[str, int] = field(default_factory=dict)
+    operations: float = 0.0
+    moved: float = 0.0
+    once: bool = False
+
+    def provider(self, name: str) -> Provider:
+        found = self.providers[name]
+        return found if isinstance(found, Provider) else Provider(found)
 
 
-def _tensors(result: Any) -> tuple[Tensor, ...]:
+class Ready(Protocol):
+    """A provider that is set up: here, or in the process that has another version of fastgen."""
+
+    def result(self) -> Any: ...
+
+    def seconds(self, at_least: float) -> float: ...
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _error(result: Any, expected: Any) -> float:
+def relative_error(result: Any, expected: Any) -> float:
+    """max over the tensors of ‖result − expected‖ / ‖expected‖; inf where anything is not finite."""
     worst = 0.0
-    for got, want in zip(_tensors(result), _tensors(expected), strict=True):
+    for got, want in zip(tensors(result), tensors(expected), strict=True):
         want = want.double().cpu()
+        if got.shape != want.shape:
+            raise ValueError(f"the result has shape {list(got.shape)}, not {list(want.shape)}")
         difference = (got.double().cpu() - want).norm() / want.norm().clamp_min(1e-300)
-        worst = max(worst, float("inf") if difference.isnan() else float(difference))
+        worst = max(worst, float("inf") if not difference.isfinite() else float(difference))
     return worst
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Local:
+    """Set up in this process. On CUDA with as many copies of the inputs as do not fit the L2 cache together."""
 
+    def __init__(self, work: Work, name: str, inputs: Any, device: torch.device) -> None:
+        self.device = device
+        setup = work.provider(name).setup
+        self.runs = [setup(inputs)]
+        self.cache = "warm"
+        if device.type == "cuda":
+            size = size_of(inputs)
+            l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
+            copies = -(-2 * l2 // max(size, 1)) + 1
+            if copies <= COPIES:
+                self.runs += [setup(work.inputs(device)) for _ in range(copies - 1)]
+                self.cache = "cold"
 
-def _seconds(run: Run, device: torch.device, at_least: float) -> float:
-    """Seconds for one call, averaged over as many as fill `at_least` seconds."""
-    calls, spent = 0, 0.0
-    _synchronise(device)
-    start = time.perf_counter()
-    while spent < at_least or calls == 0:
-        run()
-        calls += 1
-        if device.type == "cpu" or calls % 16 == 0:
-            _synchronise(device)
+    def result(self) -> Any:
+        result = self.runs[0]()
+        machine.synchronise(self.device)
+        return result
+
+    def seconds(self, at_least: float) -> float:
+        if self.device.type == "cuda":
+            return self._cuda_seconds(at_least)
+        calls, spent, run = 0, 0.0, self.runs[0]
+        start = time.perf_counter()
+        while spent < at_least or calls == 0:
+            run()
+            calls += 1
             spent = time.perf_counter() - start
-    _synchronise(device)
-    return (time.perf_counter() - start) / calls
+        return spent / calls
+
+    def _cuda_seconds(self, at_least: float) -> float:
+        """Between two events around calls over the rotated inputs: launches count where they are slower."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in "ab"]
+        calls = 1
+        while True:
+            torch.cuda.synchronize(self.device)
+            events[0].record()
+            for i in range(calls):
+                self.runs[i % len(self.runs)]()
+            events[1].record()
+            events[1].synchronize()
+            spent = events[0].elapsed_time(events[1]) / 1e3
+            if spent >= at_least or calls >= 1 << 16:
+                return spent / calls
+            calls = max(calls * 2, int(calls * min(100.0, 1.1 * at_least / max(spent, 1e-6))))
 
 
-def measure(
-    work: Work, device: torch.device, *, rounds: int = 5, at_least: float = 0.05, memory: bool = True
-) -> list[dict[str, Any]]:
-    """A row for each provider: status, error, seconds (min, 20/50/80 % quantiles), extra peak memory in bytes."""
-    inputs = work.inputs(device)
-    expected = work.oracle(inputs) if work.oracle is not None else None
-    rows: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Run] = {}
-    for name, setup in work.providers.items():
-        row = rows[name] = {"family": work.family, "work": work.name, "provider": name}
-        try:
-            run = setup(inputs)
-            result = run()
-        except ImportError as error:
-            row |= {"status": "missing", "reason": str(error)}
-            continue
-        except Exception as error:  # a peer that fails is a row that says so
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
-            continue
-        if expected is not None:
-            row["error"] = _error(result, expected)
-            if not row["error"] <= work.tolerance:
-                row["status"] = "wrong"
+def _walk(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    return [t for part in value for t in _walk(part)] if not isinstance(value, (str, int, float, type(None))) else []
+
+
+def size_of(inputs: Any) -> int:
+    """Bytes of all tensors in it."""
+    return sum(t.nbytes for t in _walk(inputs))
+
+
+def checked(work: Work, name: str, ready: Ready, inputs: Any, expected: Any, row: Row) -> bool:
+    """Whether the result is right; the row says what it was else. Nothing is timed before this."""
+    provider = work.provider(name)
+    tolerance = work.tolerance if provider.tolerance is None else provider.tolerance
+    try:
+        result = ready.result()
+        error: float
+        if provider.check is not None:
+            error = provider.check(inputs, result)
+        else:
+            error = (work.error or relative_error)(result, expected)
+        row |= work.facts(result, expected) if work.facts else {}
+    except ImportError as problem:
+        row.update(status="missing", reason=str(problem))
+        return False
+    except Exception as problem:  # a peer that fails is a row that says so
+        row.update(status="failed", reason=_reason(problem))
+        return False
+    row["error"] = error if error == error else float("inf")
+    row["status"] = "ok" if error <= tolerance else "wrong"
+    return row["status"] == "ok"
+
+
+def _reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]
+
+
+def expected_seconds(work: Work, provider: str, earlier: list[Row]) -> float:
+    """What one call may take, from the work of the same series nearest in size that was measured or given up."""
+    size = work.operations or work.moved
+    known = [
+        (abs(math.log(size / (row["operations"] or row["moved"]))), row)
+        for row in earlier
+        if size and row["provider"] == provider and row["series"] == work.series and row["status"] in ("ok", "skipped")
+    ]
+    if not known:
+        return 0.0
+    row = min(known, key=lambda pair: pair[0])[1]
+    took = row["seconds"] if "seconds" in row else row["expected_seconds"]
+    return float(took) * size / float(row["operations"] or row["moved"])
+
+
+@dataclass
+class Measurer:
+    """What a whole run shares.
+
+    rounds: of interleaved timings, fewer where one call takes long; patience: seconds that a call may take, else it is
+    skipped, and the row says so. memory: (work, provider) -> bytes or None. base: name -> a Ready of another version.
+    """
+
+    device: torch.device
+    rounds: int = 9
+    at_least: float = 0.05
+    budget: float = 1.5
+    patience: float = 6.0
+    memory: Callable[[Work, str], int | None] | None = None
+    base: Callable[[Work, str], Ready] | None = None
+    base_name: str = ""
+    limits: dict[str, float] = field(default_factory=dict)
+    children: Callable[[], list[int]] = list  # process ids whose load is ours
+    rows: list[Row] = field(default_factory=list)
+
+    def measure(self, work: Work, only: list[str] | None = None) -> list[Row]:
+        """A row for each provider: status, error, seconds, quantiles, memory, rates, shares of the machine's best."""
+        names = [n for n in work.providers if self.device.type in work.provider(n).devices]
+        names = [n for n in names if not only or n in only]
+        if not names:
+            return []
+        inputs = work.inputs(self.device)
+        expected: Any = None
+        rows: dict[str, Row] = {}
+        ready: dict[str, Ready] = {}
+        rounds: dict[str, int] = {}
+        if self.base is not None and "fastgen" in names:
+            names = [self.base_name, *names]
+        for name in names:
+            row = rows[name] = {"family": work.family, "work": work.name, "provider": name, "series": work.series}
+            row |= {"size": work.size, "operations": work.operations, "moved": work.moved}
+            expects = expected_seconds(work, name, self.rows)
+            if expects > self.patience:
+                row |= {"status": "skipped", "expected_seconds": expects}
+                row["reason"] = f"about {seconds_text(expects)} a call expected; --patience or --huge waits for it"
                 continue
-        row["status"] = "ok"
-        ready[name] = run
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(rounds):  # interleaved, so that a drifting machine favours nobody
-        for name, run in ready.items():
-            times[name].append(_seconds(run, device, at_least))
-    for name, taken in times.items():
-        ordered = torch.tensor(sorted(taken), dtype=torch.float64)
-        quantiles = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        rows[name] |= {"seconds": min(taken), "quantiles": quantiles}
-        if memory:
-            rows[name]["peak_bytes"] = _peak_bytes(work, name, device)
-    return list(rows.values())
+            if expected is None:
+                expected = work.oracle(inputs)
+            try:
+                if name == self.base_name and self.base is not None:
+                    of: Ready = self.base(work, "fastgen")
+                else:
+                    of = Local(work, name, inputs, self.device)
+                    row["cache"] = of.cache
+            except ImportError as problem:
+                row |= {"status": "missing", "reason": str(problem)}
+                continue
+            except Exception as problem:
+                row |= {"status": "failed", "reason": _reason(problem)}
+                continue
+            if checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):
+                warm = of.seconds(0.0)
+                ready[name] = of
+                rounds[name] = 1 if work.once else max(2, min(self.rounds, int(self.budget / max(warm, self.at_least))))
+        del expected
+        self._time(rows, ready, rounds)
+        del ready, inputs
+        gc.collect()
+        for name, row in rows.items():
+            if row["status"] == "ok" and self.memory is not None and name != self.base_name:
+                row["peak_bytes"] = self.memory(work, name)
+        self.rows += rows.values()
+        return list(rows.values())
+
+    def _time(self, rows: dict[str, Row], ready: dict[str, Ready], rounds: dict[str, int]) -> None:
+        times: dict[str, list[float]] = {name: [] for name in ready}
+        load = machine.Load(self.children())
+        for turn in range(max(rounds.values(), default=0)):  # interleaved, so that a drifting machine favours nobody
+            for name, of in ready.items():
+                if turn < rounds[name]:
+                    times[name].append(of.seconds(self.at_least))
+        other = load.others()
+        for name, taken in times.items():
+            ordered = torch.tensor(sorted(taken), dtype=torch.float64)
+            quantiles = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+            row = rows[name]
+            row |= {"seconds": min(taken), "quantiles": quantiles, "rounds": len(taken), "other_load": round(other, 3)}
+            row |= machine.rates(row["operations"], row["moved"], min(taken), self.limits)
 
 
-def _peak_bytes(work: Work, provider: str, device: torch.device) -> int | None:
-    """Extra memory at the peak of one call. On the CPU a fresh process measures its resident set."""
-    if device.type == "cuda":
-        run = work.providers[provider](work.inputs(device))
-        run()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    command = [sys.executable, "-m", "benchmarks", "_memory", work.family, work.name, provider]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    )
-    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else None
-
-
-def memory_probe(work: Work, provider: str) -> int:
-    """Runs in the fresh process: the growth of the peak resident set from the ready inputs through one warm call."""
-    inputs = work.inputs(torch.device("cpu"))
-    run = work.providers[provider](inputs)
-    with open("/proc/self/clear_refs", "w") as reset, contextlib.suppress(OSError):
-        reset.write("5")  # peak := current, so that imports do not hide what follows
-    before = _high_water()
-    run()
-    return _high_water() - before
-
-
-def _high_water() -> int:
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-            name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; the ratio is against the plain torch code of the same work."""
-    lines = ["| work | provider | time | against eager | extra memory | error |", "|---|---|---|---|---|---|"]
-    eager = {row["work"]: row["seconds"] for row in rows if row["provider"] == "eager" and "seconds" in row}
-    for row in rows:
-        if row["status"] != "ok":
-            why = row.get("error", row.get("reason", ""))
-            lines.append(f"| {row['work']} | {row['provider']} | {row['status']} | | | {why} |")
-            continue
-        base = eager.get(row["work"])
-        ratio = f"{base / row['seconds']:.1f}×" if base else ""
-        memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if row.get("peak_bytes") is not None else ""
-        error = f"{row['error']:.1e}" if "error" in row else ""
-        lines.append(f"| {row['work']} | {row['provider']} | {_time(row['seconds'])} | {ratio} | {memory} | {error} |")
-    return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.2f} s"
-        if seconds >= 1
-        else f"{seconds * 1e3:.3g} ms"
-        if seconds >= 1e-3
-        else f"{seconds * 1e6:.3g} µs"
-    )
-
-
-def save(path: str, rows: list[dict[str, Any]], device: torch.device) -> None:
-    """Written beside and renamed: a kill leaves the old file whole."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".part", "w") as out:
-        json.dump({"machine": machine(device), "rows": rows}, out, indent=1)
-    os.replace(path + ".part", path)
+def seconds_text(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale * 0.9995 or unit == "µs":
+            return f"{seconds / scale:.3g} {unit}"
+    raise AssertionError

@@ -1,28 +1,132 @@
-"""The Langevin step and its noise, and a whole chain on a small network.
+"""The Langevin step and its noise, and whole chains on a small and on a mid-size network.
 
-`add` is torch.add(x, grad, out=...): two reads and a write, what a step costs at the least. Noise has no oracle: the
-tests compare every bit.
+`add` is torch.add(x, grad, out=...): two reads and a write, what a step costs at the least. Peers draw noise of their
+own, so the oracle compares distributions: against the mean and variance of the clamped normal that each element has, a
+large state's slope and its residuals' deviation may differ by half a percent. Ours is compared with the published
+noise stream itself, in float64 and relative to the noise. The update is measured as JEM's loop and as the UvA
+tutorial's write it, too.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Run, Work
+from benchmarks.harness import Provider, Run, Work, relative_error
 
 STEP_SIZE, NOISE_SCALE, PRIOR_SCALE, CLAMP = 0.005, 0.1, 0.5, (-1.0, 1.0)
-FULL = (1024, 3, 64, 64)
-QUICK = (256, 3, 64, 64)
-DEMO = (128, 3, 64, 64)
-SMALL = (64, 3, 32, 32)
+STEPS = 20
+SEED = 1  # of the peers' noise: with the inputs' seed, 0, the noise would be the state
+SHAPES = {
+    "demo": [(128, 3, 64, 64)],
+    "quick": [(256, 3, 64, 64)],
+    "full": [(16, 3, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (128, 3, 64, 64), (1024, 3, 64, 64)],
+    "huge": [(16, 3, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (1024, 3, 64, 64), (4096, 3, 64, 64)],
+}
+CHAINS = {"demo": ["small"], "quick": ["small"], "full": ["small", "mid-size"], "huge": ["small", "mid-size"]}
+Inputs = tuple[Tensor, Tensor]
+Moments = tuple[Tensor, Tensor]  # of each element: its mean and its variance
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def works(scale: str) -> list[Work]:
+    found = [_step(shape, torch.float32, "step") for shape in SHAPES[scale]]
+    found += [_chain(size, (64, 3, 32, 32)) for size in CHAINS[scale]]
+    if scale != "demo":
+        largest = SHAPES[scale][-1]
+        found += [_step(largest, torch.bfloat16, "step"), _step(largest, torch.float32, "noise")]
+    return found
+
+
+def _step(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Work:
+    width = torch.finfo(dtype).bits // 8
+    elements = math.prod(shape)
+    exact: dict[str, Any] = {}
+    if dtype == torch.float32:
+        exact = {"check": partial(exact_error, kind), "tolerance": 1e-4}
+    step: dict[str, Any] = {
+        "fastgen": Provider(fastgen, **exact),
+        "eager": eager,
+        "eager, as JEM": eager_jem,
+        "eager, as UvA": eager_uva,
+        "torch.compile": compiled,
+        "torchebm, fused step": Provider(torchebm_step, ("cuda",)),
+        "add": Provider(add, check=lambda inputs, out: relative_error(out, inputs[0] + inputs[1]), tolerance=0.0),
+    }
+    noise: dict[str, Any] = {"fastgen": Provider(noise_fastgen, **exact), "eager": noise_eager}
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    what = f"step, noise and prior, {name}" if kind == "step" else f"noise, {name}"
+    return Work(
+        "langevin",
+        f"{what}, {'x'.join(map(str, shape))}",
+        partial(_inputs, shape, dtype),
+        step if kind == "step" else noise,
+        partial(_of_step if kind == "step" else _of_noise),
+        # Four standard errors of a small state's variance, and half a percent of a large one.
+        tolerance=max(0.005, 4 / math.sqrt(elements)),
+        error=distribution_error,
+        series=what,
+        size={"N": elements},
+        moved=float(elements * width * (3 if kind == "step" else 1)),
+    )
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     return x, grad
+
+
+def _of_step(inputs: Inputs) -> Moments:
+    x, grad = (t.double() for t in inputs)
+    return clipped_moments(x - STEP_SIZE * (grad + x / PRIOR_SCALE**2), NOISE_SCALE, *CLAMP)
+
+
+def _of_noise(inputs: Inputs) -> Moments:
+    x = inputs[0].double()
+    return torch.zeros_like(x), torch.ones_like(x)
+
+
+def clipped_moments(mean: Tensor, deviation: float, low: float, high: float) -> Moments:
+    """Of min(max(mean + deviation·ε, low), high) for a standard normal ε."""
+    a, b = (low - mean) / deviation, (high - mean) / deviation
+    pdf_a, pdf_b = (torch.exp(-0.5 * t * t) / math.sqrt(2 * math.pi) for t in (a, b))
+    cdf_a, cdf_b = (torch.special.ndtr(t) for t in (a, b))
+    inside = cdf_b - cdf_a
+    first = mean * inside - deviation * (pdf_b - pdf_a) + low * cdf_a + high * (1 - cdf_b)
+    second = (mean**2 + deviation**2) * inside + 2 * mean * deviation * (pdf_a - pdf_b)
+    second = second + deviation**2 * (a * pdf_a - b * pdf_b) + low**2 * cdf_a + high**2 * (1 - cdf_b)
+    return first, second - first**2
+
+
+def distribution_error(result: Tensor, expected: Moments) -> float:
+    """How far slope and deviation of the result are from those of the distribution, relatively; 0.01 is 1 %."""
+    mean, variance = expected
+    got = result.double()
+    if got.shape != mean.shape or not bool(got.isfinite().all()):
+        return math.inf
+    residual = got - mean
+    spread = abs(float(residual.square().sum() / variance.sum()) - 1) / 2
+    power = float(mean.square().sum())
+    slope = abs(float((residual * mean).sum() / power)) if power else 0.0
+    return max(spread, slope, abs(float(residual.mean())) / math.sqrt(float(variance.mean())))
+
+
+def exact_error(kind: str, inputs: Inputs, result: Tensor) -> float:
+    """‖result − expected‖ / ‖what the noise adds‖ over the first chains, their noise made by the plain reference."""
+    from fastgen.reference.langevin import normals
+
+    x, grad = (t[:8].double().cpu() for t in inputs)
+    noise = normals(x[0].numel(), torch.arange(len(x)), 0, 0).double().view(x.shape)
+    got = result[:8].double().cpu()
+    if kind == "noise":
+        return float((got - noise).norm() / noise.norm())
+    mean = x - STEP_SIZE * (grad + x / PRIOR_SCALE**2)
+    want = (mean + NOISE_SCALE * noise).clamp(*CLAMP)
+    error = float((got - want).norm() / (want - mean.clamp(*CLAMP)).norm())
+    return error if bool(result.isfinite().all()) else math.inf
 
 
 def _update(x: Tensor, grad: Tensor) -> Tensor:
@@ -30,7 +134,7 @@ def _update(x: Tensor, grad: Tensor) -> Tensor:
     return (x - STEP_SIZE * drift + NOISE_SCALE * torch.randn_like(x)).clamp(*CLAMP)
 
 
-def _fastgen(inputs: tuple[Tensor, Tensor]) -> Run:
+def fastgen(inputs: Inputs) -> Run:
     from fastgen import functional as F
 
     x, grad = inputs[0].clone(), inputs[1]
@@ -39,42 +143,89 @@ def _fastgen(inputs: tuple[Tensor, Tensor]) -> Run:
     )
 
 
-def _eager(inputs: tuple[Tensor, Tensor]) -> Run:
+def eager(inputs: Inputs) -> Run:
+    torch.manual_seed(SEED)
     return lambda: _update(*inputs)
 
 
-def _compiled(inputs: tuple[Tensor, Tensor]) -> Run:
-    compiled = torch.compile(_update)
-    return lambda: compiled(*inputs)
+def eager_jem(inputs: Inputs) -> Run:
+    """x_k.data += alpha·f_prime + sigma·randn_like(x_k), and the prior and the clamp that JEM does without."""
+    torch.manual_seed(SEED)
+    x, grad = inputs[0].clone(), inputs[1]
+
+    def run() -> Tensor:
+        drift = -grad - x / PRIOR_SCALE**2
+        x.data += STEP_SIZE * drift + NOISE_SCALE * torch.randn_like(x)
+        return x.clamp_(*CLAMP)
+
+    return run
 
 
-def _add(inputs: tuple[Tensor, Tensor]) -> Run:
+def eager_uva(inputs: Inputs) -> Run:
+    """The tutorial's loop in its order: noise into a buffer, add, clamp, step, clamp; here with our prior's term."""
+    torch.manual_seed(SEED)
+    x, grad, noise = inputs[0].clone(), inputs[1], torch.empty_like(inputs[0])
+
+    def run() -> Tensor:
+        noise.normal_(0, NOISE_SCALE)
+        step = grad + x / PRIOR_SCALE**2
+        x.data.add_(noise.data)
+        x.data.add_(-STEP_SIZE * step.data)
+        x.data.clamp_(*CLAMP)
+        return x
+
+    return run
+
+
+def compiled(inputs: Inputs) -> Run:
+    torch._dynamo.reset()
+    torch.manual_seed(SEED)
+    update = torch.compile(_update, dynamic=False)
+    return lambda: update(*inputs)
+
+
+def torchebm_step(inputs: Inputs) -> Run:
+    """Its proof of concept has no prior term: that is added to the gradient, as its user would."""
+    from torchebm.cuda.fused_langevin import fused_langevin_step
+
+    x, grad = inputs[0].clone(), inputs[1]
+    scale = NOISE_SCALE / math.sqrt(2 * STEP_SIZE)
+    return lambda: fused_langevin_step(x, grad + x / PRIOR_SCALE**2, STEP_SIZE, scale, CLAMP, seed=0, out=x)
+
+
+def add(inputs: Inputs) -> Run:
+    """Not the work: its bytes alone."""
     x, grad = inputs
-    return partial(torch.add, x, grad, out=torch.empty_like(x))
+    out = torch.empty_like(x)
+    return lambda: torch.add(x, grad, out=out)
 
 
-def _noise_fastgen(inputs: tuple[Tensor, Tensor]) -> Run:
+def noise_fastgen(inputs: Inputs) -> Run:
     from fastgen import functional as F
 
     return lambda: F.langevin_noise(inputs[0], seed=0)
 
 
-def _noise_eager(inputs: tuple[Tensor, Tensor]) -> Run:
+def noise_eager(inputs: Inputs) -> Run:
+    torch.manual_seed(SEED)
     return lambda: torch.randn_like(inputs[0])
 
 
-class _Energy(nn.Module):
-    """As small as energies of images come: what is left to gain where the network, too, takes time."""
+def _convolutions(widths: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in zip([3, *widths], widths, strict=False):
+        layers += [nn.Conv2d(before, after, 4, 2, 1), nn.SiLU()]
+    return layers
 
-    def __init__(self) -> None:
+
+class Energy(nn.Module):
+    """As small as energies of images come, so that the update counts, or of the size that CIFAR's are."""
+
+    def __init__(self, size: str) -> None:
         super().__init__()
+        widths = {"small": [16, 32], "mid-size": [64, 128, 256]}[size]
         self.net = nn.Sequential(
-            nn.Conv2d(3, 16, 4, 2, 1),
-            nn.SiLU(),
-            nn.Conv2d(16, 32, 4, 2, 1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(2048, 1),
+            *_convolutions(widths), nn.Flatten(), nn.Linear(widths[-1] * (32 >> len(widths)) ** 2, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,18 +233,69 @@ class _Energy(nn.Module):
         return out
 
 
-def _energy(x: Tensor) -> _Energy:
+def _energy(size: str, x: Tensor) -> Energy:
+    generator = torch.random.get_rng_state()
     torch.manual_seed(0)
-    return _Energy().to(x.device)
+    energy = Energy(size).to(x.device)
+    torch.random.set_rng_state(generator)
+    return energy
 
 
-def _chain_fastgen(inputs: tuple[Tensor, Tensor]) -> Run:
+def _chain(size: str, shape: tuple[int, ...]) -> Work:
+    return Work(
+        "langevin",
+        f"chain of {STEPS} steps, {size} network, {'x'.join(map(str, shape))}",
+        partial(_inputs, shape, torch.float32),
+        {
+            "fastgen": partial(chain_fastgen, size),
+            "eager": partial(chain_eager, size, _update),
+            "torch.compile": partial(chain_compiled, size),
+            "torchebm": partial(chain_torchebm, size),
+        },
+        partial(_of_chain, size),
+        tolerance=0.02,
+        error=chain_error,
+        series=f"chain, {size} network",
+        size={"N": math.prod(shape)},
+    )
+
+
+def _loop(energy: Callable[[Tensor], Tensor], update: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    for _ in range(STEPS):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(energy(x).sum(), x)
+        x = update(x.detach(), grad)
+    return x
+
+
+def _of_chain(size: str, inputs: Inputs) -> Tensor:
+    """One float64 chain: others must end with its mean, deviation and likeness to the start."""
+    torch.manual_seed(SEED + 1)
+    return _loop(_energy(size, inputs[0]).double(), _update, inputs[0].double())
+
+
+def chain_error(result: Tensor, expected: Tensor) -> float:
+    """What chains of one law share: deviation, mean and correlation of their ends over all chains and pixels."""
+    if result.shape != expected.shape or not bool(result.isfinite().all()):
+        return math.inf
+    deviation = float(expected.std())
+    got = result.double()
+    shift = abs(float(got.mean() - expected.mean())) / deviation
+    spread = abs(float(got.std()) / deviation - 1)
+    # The start is the same, the noise is not: ends are as alike as their memory of the start makes them.
+    quartiles = torch.tensor([0.25, 0.75], dtype=torch.float64, device=got.device)
+    edges = (torch.quantile(t.flatten()[:1_000_000], quartiles) for t in (got, expected))
+    apart = max(float((a - b).abs().max()) for a, b in [tuple(edges)]) / deviation
+    return max(shift, spread, apart)
+
+
+def chain_fastgen(size: str, inputs: Inputs) -> Run:
     from fastgen.nn import LangevinSampler
 
     sampler = LangevinSampler(
-        _energy(inputs[0]),
+        _energy(size, inputs[0]),
         step_size=STEP_SIZE,
-        n_steps=20,
+        n_steps=STEPS,
         noise_scale=NOISE_SCALE,
         prior_scale=PRIOR_SCALE,
         clamp=CLAMP,
@@ -101,38 +303,35 @@ def _chain_fastgen(inputs: tuple[Tensor, Tensor]) -> Run:
     return lambda: sampler(inputs[0], seed=0)
 
 
-def _chain_eager(inputs: tuple[Tensor, Tensor]) -> Run:
-    energy = _energy(inputs[0])
-
-    def run() -> Tensor:
-        x = inputs[0]
-        for _ in range(20):
-            x = x.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(energy(x).sum(), x)
-            x = _update(x.detach(), grad)
-        return x
-
-    return run
+def chain_eager(size: str, update: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Run:
+    torch.manual_seed(SEED)
+    energy = _energy(size, inputs[0])
+    return lambda: _loop(energy, update, inputs[0])
 
 
-def works(scale: str) -> list[Work]:
-    step: dict[str, Any] = {"fastgen": _fastgen, "eager": _eager, "torch.compile": _compiled, "add": _add}
-    noise: dict[str, Any] = {"fastgen": _noise_fastgen, "eager": _noise_eager}
-    chain: dict[str, Any] = {"fastgen": _chain_fastgen, "eager": _chain_eager}
-    shape = {"demo": DEMO, "quick": QUICK, "full": FULL}[scale]
+def chain_compiled(size: str, inputs: Inputs) -> Run:
+    """Network and update each compiled: a gradient inside one graph is no one's habit."""
+    torch._dynamo.reset()
+    torch.manual_seed(SEED)
+    energy, update = (torch.compile(f, dynamic=False) for f in (_energy(size, inputs[0]), _update))
+    return lambda: _loop(energy, update, inputs[0])
 
-    def work(name: str, shape: tuple[int, ...], dtype: torch.dtype, providers: dict[str, Any]) -> Work:
-        size = "×".join(map(str, shape))
-        return Work("langevin", f"{name}, {size}", partial(_inputs, shape, dtype), providers, None)
 
-    found = [
-        work("step, noise and prior, fp32", shape, torch.float32, step),
-        work("step, noise and prior, fp32", SMALL, torch.float32, step),
-        work("chain of 20 steps, small network", SMALL, torch.float32, chain),
-    ]
-    if scale != "demo":
-        found += [
-            work("step, noise and prior, bf16", shape, torch.bfloat16, step),
-            work("noise, fp32", shape, torch.float32, noise),
-        ]
-    return found
+def chain_torchebm(size: str, inputs: Inputs) -> Run:
+    """Its sampler, without autocast; the prior is part of its energy."""
+    from torchebm.core import BaseModel
+    from torchebm.samplers import LangevinDynamics
+
+    torch.manual_seed(SEED)
+    energy = _energy(size, inputs[0])
+
+    class WithPrior(BaseModel):
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            result: Tensor = energy(x) + x.square().flatten(1).sum(1) / (2 * PRIOR_SCALE**2)
+            return result
+
+    scale = NOISE_SCALE / math.sqrt(2 * STEP_SIZE)
+    sampler = LangevinDynamics(
+        WithPrior(), step_size=STEP_SIZE, noise_scale=scale, clamp=CLAMP, device=inputs[0].device
+    )
+    return lambda: sampler.sample(x=inputs[0].clone(), n_steps=STEPS)

@@ -1,40 +1,101 @@
-"""Exact nearest neighbours: the one row of the database closest to each query."""
+"""Exact nearest neighbours: the one row of the database closest to each query, whole and streamed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Run, Work
+from benchmarks.harness import Provider, Run, Work
 
-SIZES = {
+# (N, M, D)
+GRID = {
     "demo": [(4000, 40_000, 64)],
     "quick": [(2000, 20_000, 64), (10_000, 10_000, 64)],
-    "full": [(4000, 40_000, 64), (10_000, 10_000, 64), (10_000, 10_000, 784), (128, 100_000, 128)],
+    "full": [
+        *((n, n, 64) for n in (1000, 3000, 10_000, 30_000)),
+        *((10_000, 10_000, d) for d in (128, 784, 800)),
+        (4000, 40_000, 64),
+        (128, 100_000, 128),
+    ],
 }
+GRID["huge"] = [*GRID["full"], *((n, n, d) for n in (100_000, 1_000_000) for d in (128, 800))]
+# Rows that are drawn as they are searched, by chunks: no provider ever has them all.
+STREAMED = {
+    "demo": [],
+    "quick": [(1000, 200_000, 64)],
+    "full": [(1000, 1_000_000, 64)],
+    "huge": [(1000, 1_000_000, 64), (1000, 10_000_000, 64), (10_000, 10_000_000, 128)],
+}
+CHUNK = 50_000
+CHECKED = 500  # queries that the oracle answers
 Inputs = tuple[Tensor, Tensor]
+Found = tuple[Tensor, Tensor]  # squared distances and rows, [N] each
 
 
 def works(scale: str) -> list[Work]:
-    providers: dict[str, Callable[[Any], Run]] = {
+    # The small first: what they take tells which of the large are beyond anyone's patience.
+    found = [_work(*size, scale) for size in GRID[scale]] + [_streamed_work(*size) for size in STREAMED[scale]]
+    return sorted(found, key=lambda work: work.operations)
+
+
+def growing(series: str, n: int) -> Work:
+    return _work(n, n, 64)
+
+
+GROWING = ("top-1",)
+
+
+def _work(n: int, m: int, d: int, scale: str = "full") -> Work:
+    providers: dict[str, Any] = {
         "fastgen": fastgen,
-        "faiss": faiss,
+        "faiss": Provider(faiss, outside=True),
+        # On a CPU its search takes seconds where others take milliseconds: shown where the sizes start small.
+        **({} if scale in ("demo", "quick") else {"keops": Provider(keops, outside=True)}),
+        "flash-kmeans": Provider(flash_kmeans, ("cuda",)),
         "eager": eager,
+        "torch.cdist": cdist,
         "torch.compile": compiled,
     }
-    return [
-        Work(
-            "nearest",
-            f"top-1 of {n} x {m} x {d}",
-            partial(gaussian, n, m, d),
-            providers,
-            oracle,
-            1e-4,
-        )
-        for n, m, d in SIZES[scale]
-    ]
+    return Work(
+        "nearest",
+        f"top-1 of {n} x {m} x {d}",
+        partial(gaussian, n, m, d),
+        providers,
+        partial(oracle, lambda inputs: [inputs[1]]),
+        tolerance=1e-4,
+        error=error,
+        facts=facts,
+        series="top-1",
+        size={"N": n, "M": m, "D": d},
+        operations=2.0 * n * m * d,
+        moved=4.0 * d * (n + m) + 12.0 * n,
+        once=n * m >= 10**11,
+    )
+
+
+def _streamed_work(n: int, m: int, d: int) -> Work:
+    providers: dict[str, Any] = {
+        "fastgen": streamed_fastgen,
+        "faiss": Provider(streamed_faiss, outside=True),
+        "eager": streamed_eager,
+    }
+    return Work(
+        "nearest",
+        f"top-1 of {n} x {m} x {d}, streamed",
+        partial(stream, n, m, d),
+        providers,
+        partial(oracle, chunks),
+        tolerance=1e-4,
+        error=error,
+        facts=facts,
+        series="top-1, streamed",
+        size={"N": n, "M": m, "D": d},
+        operations=2.0 * n * m * d,
+        moved=4.0 * d * (n + m) + 12.0 * n,
+        once=n * m >= 10**10,
+    )
 
 
 def gaussian(n: int, m: int, d: int, device: torch.device) -> Inputs:
@@ -42,54 +103,168 @@ def gaussian(n: int, m: int, d: int, device: torch.device) -> Inputs:
     return tuple(torch.randn(size, d, generator=generator).to(device) for size in (n, m))  # type: ignore[return-value]
 
 
-def oracle(inputs: Inputs) -> Tensor:
-    """The float64 distances of the winners: an answer that is as near is as good, whatever its index."""
-    query, database = (x.double() for x in inputs)
-    norms = database.square().sum(1)
-    best = torch.cat([(norms - 2 * part @ database.T).argmin(1) for part in query.split(500)])
-    return (query - database[best]).square().sum(1)
+def stream(n: int, m: int, d: int, device: torch.device) -> tuple[Tensor, int]:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(device), m
 
 
-def _distance(inputs: Inputs, index: Tensor) -> Tensor:
-    return (inputs[0] - inputs[1][index]).square().sum(1)
+def chunks(inputs: tuple[Tensor, int]) -> Iterator[Tensor]:
+    """Slices of one block, each shifted by its own point: rows that differ, and drawing them costs next to nothing."""
+    query, m = inputs
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(CHUNK, query.shape[1], generator=generator)
+    shifts = torch.randn(-(-m // CHUNK), query.shape[1], generator=generator) * 0.1
+    block, shifts = block.to(query.device), shifts.to(query.device)
+    for i, shift in enumerate(shifts):
+        yield block[: m - i * CHUNK] + shift
+
+
+def oracle(database: Callable[[Any], Any], inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Some queries, their winners' distances in float64 and rows, over the chunks that `database` yields."""
+    query = inputs[0]
+    index = torch.linspace(0, len(query) - 1, min(CHECKED, len(query)), device=query.device).round().long()
+    some = query[index].double()
+    best = some.new_full((len(some),), float("inf"))
+    winner, first = index.new_zeros(len(some)), 0
+    for chunk in database(inputs):
+        for rows in chunk.split(10_000):
+            rows = rows.double()
+            found = (rows.square().sum(1) - 2 * some @ rows.T).argmin(1)
+            distance = (some - rows[found]).square().sum(1)
+            winner = torch.where(distance < best, found + first, winner)
+            best = torch.minimum(best, distance)
+            first += len(rows)
+    return index, best, winner
+
+
+def error(result: Found, expected: tuple[Tensor, Tensor, Tensor]) -> float:
+    """The greatest relative error of a distance: a wrong winner counts with its own, and one cannot hide among many."""
+    index, want, _ = expected
+    got = result[0][index].double()
+    return float(((got - want).abs() / want).max()) if bool(result[0].isfinite().all()) else float("inf")
+
+
+def facts(result: Found, expected: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+    index, _, winner = expected
+    return {"right": float((result[1][index].long() == winner).double().mean()), "checked": len(index)}
+
+
+def _found(inputs: Inputs, index: Tensor) -> Found:
+    return (inputs[0] - inputs[1][index]).square().sum(1), index
 
 
 def fastgen(inputs: Inputs) -> Run:
     from fastgen import functional as F
 
-    return lambda: F.nearest(*inputs).distance[:, 0]
-
-
-def faiss(inputs: Inputs) -> Run:
-    """A fresh database each time, as IMLE has it; adding it costs FAISS a copy."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    if inputs[0].device.type == "cuda":
-        import faiss.contrib.torch_utils
-
-        resources = faiss.StandardGpuResources()
-        return lambda: faiss.knn_gpu(resources, *inputs, 1)[0][:, 0]
-    query, database = (x.numpy() for x in inputs)
-
-    def run() -> Tensor:
-        index = faiss.IndexFlatL2(database.shape[1])
-        index.add(database)
-        return torch.from_numpy(index.search(query, 1)[0])[:, 0]
+    def run() -> Found:
+        found = F.nearest(*inputs)
+        return found.distance[:, 0], found.index[:, 0]
 
     return run
 
 
+def faiss(inputs: Inputs) -> Run:
+    """`faiss.knn`, its function for a database that is used once, as IMLE's is."""
+    import faiss
+
+    if inputs[0].device.type == "cuda":
+        import faiss.contrib.torch_utils
+
+        resources = faiss.StandardGpuResources()
+        return lambda: tuple(part[:, 0] for part in faiss.knn_gpu(resources, *inputs, 1))
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    query, database = (x.numpy() for x in inputs)
+    return lambda: tuple(torch.from_numpy(part)[:, 0] for part in faiss.knn(query, database, 1))
+
+
+def keops(inputs: Inputs) -> Run:
+    import pykeops
+    from pykeops.torch import LazyTensor
+
+    pykeops.set_verbose(False)
+
+    query, database = inputs
+
+    def run() -> Found:
+        square = ((LazyTensor(query[:, None]) - LazyTensor(database[None])) ** 2).sum(-1)
+        return _found(inputs, square.argKmin(K=1, dim=1)[:, 0])
+
+    return run
+
+
+def flash_kmeans(inputs: Inputs) -> Run:
+    """Its assignment step is a fused top-1, in TF32."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    query, database = (t[None].contiguous() for t in inputs)
+    return lambda: _found(inputs, euclid_assign_triton(query, database, query.square().sum(-1))[0].long())
+
+
 def _search(query: Tensor, database: Tensor) -> Tensor:
-    # In parts: the whole matrix of the largest work is 0.6 GB, which users learn to avoid.
+    # In parts: the whole matrix of the largest work is gigabytes, which users learn to avoid.
     norms = database.square().sum(1)
     return torch.cat([(norms - 2 * part @ database.T).argmin(1) for part in query.split(1000)])
 
 
 def eager(inputs: Inputs) -> Run:
-    return lambda: _distance(inputs, _search(*inputs))
+    return lambda: _found(inputs, _search(*inputs))
+
+
+def cdist(inputs: Inputs) -> Run:
+    def run() -> Found:
+        distance, index = torch.cdist(*inputs).min(1)
+        return distance.square(), index
+
+    return run
 
 
 def compiled(inputs: Inputs) -> Run:
-    search = torch.compile(_search)
-    return lambda: _distance(inputs, search(*inputs))
+    torch._dynamo.reset()
+
+    def part(query: Tensor, database: Tensor, norms: Tensor) -> Tensor:
+        return (norms - 2 * query @ database.T).argmin(1)
+
+    search = torch.compile(part, dynamic=False)
+
+    def run() -> Found:
+        query, database = inputs
+        norms = database.square().sum(1)
+        return _found(inputs, torch.cat([search(rows, database, norms) for rows in query.split(1000)]))
+
+    return run
+
+
+def streamed_fastgen(inputs: tuple[Tensor, int]) -> Run:
+    from fastgen.search import StreamingNearest
+
+    def run() -> Found:
+        search = StreamingNearest(inputs[0])
+        for chunk in chunks(inputs):
+            search.update(chunk)
+        found = search.result()
+        return found.distance[:, 0], found.index[:, 0]
+
+    return run
+
+
+def _merged(search: Callable[[Inputs], Run], inputs: tuple[Tensor, int]) -> Run:
+    def run() -> Found:
+        best = inputs[0].new_full((len(inputs[0]),), float("inf"))
+        winner, first = torch.zeros(len(best), dtype=torch.int64, device=best.device), 0
+        for chunk in chunks(inputs):
+            distance, index = search((inputs[0], chunk))()
+            winner = torch.where(distance < best, index + first, winner)
+            best = torch.minimum(best, distance)
+            first += len(chunk)
+        return best, winner
+
+    return run
+
+
+def streamed_faiss(inputs: tuple[Tensor, int]) -> Run:
+    import faiss as installed  # a missing one is missing before the first chunk  # noqa: F401
+
+    return _merged(faiss, inputs)
+
+
+def streamed_eager(inputs: tuple[Tensor, int]) -> Run:
+    return _merged(eager, inputs)

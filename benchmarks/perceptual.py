@@ -1,8 +1,9 @@
-"""LPIPS's epilogue from given VGG16 features, and a GLO-like step with a perceptual loss, value and gradient.
+"""LPIPS's epilogue from given VGG16 features, LPIPS whole, and a GLO-like step with a perceptual loss; with gradients.
 
-`eager` is what users write today: lpips 0.1.4's own lines for the epilogue; for the step, both images through a network
-whose batch norms are not folded, whose weights are not frozen and whose target is computed again at every step. The
-network is EfficientNet-lite0 with its published weights.
+`eager` is what users write today: lpips 0.1.4's own lines, whose trunk is frozen and whose heads are not; for the
+GLO-like step, both images through a network whose batch norms are not folded, whose weights are not frozen and whose
+target is computed again at every step. That network is EfficientNet-lite0 with its published weights; LPIPS's trunks
+have random weights, drawn once and given to everybody.
 """
 
 import math
@@ -13,9 +14,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from benchmarks.harness import Work
-from fastgen import functional as F
-from fastgen import nn
+from benchmarks.harness import Provider, Run, Work
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = ("block0", "block2", "block4", "block7")
@@ -51,8 +50,8 @@ def _eager_lpips(f0: list[Tensor], f1: list[Tensor], weights: list[Tensor]) -> T
     return total
 
 
-def _epilogue(distance: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Callable[[], Result]]:
-    def setup(inputs: dict[str, Any]) -> Callable[[], Result]:
+def _epilogue(distance: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
         f0, f1, weights = inputs["f0"], inputs["f1"], inputs["w"]
 
         def run() -> Result:
@@ -71,11 +70,23 @@ def _epilogue_oracle(inputs: dict[str, Any]) -> Result:
     return (value.detach(), *(grad.nan_to_num() for grad in torch.autograd.grad(value.sum(), f0)))
 
 
+def _epilogue_fastgen(inputs: dict[str, Any]) -> Run:
+    from fastgen import functional as F
+
+    return _epilogue(F.lpips_distance)(inputs)
+
+
+def _epilogue_compiled(inputs: dict[str, Any]) -> Run:
+    torch._dynamo.reset()
+    return _epilogue(torch.compile(_eager_lpips, dynamic=False))(inputs)
+
+
 def _epilogue_work(batch: int, pixels: int, last: bool, compiled: bool = True) -> Work:
     layout = "channels_last" if last else "contiguous"
-    providers = {"fastgen": _epilogue(F.lpips_distance), "eager": _epilogue(_eager_lpips)}
+    providers: dict[str, Any] = {"fastgen": _epilogue_fastgen, "eager": _epilogue(_eager_lpips)}
     if compiled:
-        providers["torch.compile"] = lambda inputs: _epilogue(torch.compile(_eager_lpips))(inputs)
+        providers["torch.compile"] = _epilogue_compiled
+    elements = batch * sum(channels * (pixels >> k) ** 2 for k, channels in enumerate(CHANNELS))
     return Work(
         family="perceptual",
         name=f"LPIPS from VGG features, {batch}x{pixels}x{pixels}, {layout}",
@@ -83,7 +94,200 @@ def _epilogue_work(batch: int, pixels: int, last: bool, compiled: bool = True) -
         providers=providers,
         oracle=_epilogue_oracle,
         tolerance=1e-4,
+        series=f"LPIPS from VGG features, {layout}",
+        size={"N": batch * pixels**2},
+        moved=4.0 * 3 * elements,  # both read, one gradient written
     )
+
+
+# torchvision's `features` as far as LPIPS taps them: channels, kernel, stride, padding; "pool" its max pooling
+NETS: dict[str, list[Any]] = {
+    "alex": [(64, 11, 4, 2), "pool", (192, 5, 1, 2), "pool", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
+    "vgg": [
+        *[(64, 3, 1, 1)] * 2,
+        *["pool", *[(128, 3, 1, 1)] * 2],
+        *["pool", *[(256, 3, 1, 1)] * 3],
+        *["pool", *[(512, 3, 1, 1)] * 3],
+        *["pool", *[(512, 3, 1, 1)] * 3],
+    ],
+}
+TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # the ReLUs before the cuts, counted as torchvision does
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+TRUNKS = {"alex": "alexnet", "vgg": "vgg16"}
+
+
+def trunk_state(net: str) -> dict[str, Tensor]:
+    """torchvision's names; He's initialisation, so that activations keep their size through all layers."""
+    generator = torch.Generator().manual_seed(0)
+    state, channels, index = {}, 3, 0
+    for layer in NETS[net]:
+        if layer == "pool":
+            index += 1
+            continue
+        out, kernel, _, _ = layer
+        deviation = math.sqrt(2 / (channels * kernel**2))
+        state[f"features.{index}.weight"] = torch.randn(out, channels, kernel, kernel, generator=generator) * deviation
+        state[f"features.{index}.bias"] = torch.randn(out, generator=generator) * 0.05
+        channels, index = out, index + 2
+    return state
+
+
+def heads(net: str) -> list[Tensor]:
+    """fastgen ships the published ones; read from the file, so that a peer does not go through our module."""
+    from safetensors.torch import load_file
+
+    from fastgen.nn.perceptual_lpips import HEADS
+
+    found = load_file(HEADS / f"v0.1_{net}.safetensors")
+    return [next(v for k, v in sorted(found.items()) if k.startswith(f"lin{i}.")) for i in range(len(TAPS[net]))]
+
+
+def _taps(net: str, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    found, index = [], 0
+    for layer in NETS[net]:
+        if layer == "pool":
+            x = tf.max_pool2d(x, 3 if net == "alex" else 2, 2)
+            index += 1
+            continue
+        x = tf.conv2d(x, state[f"features.{index}.weight"], state[f"features.{index}.bias"], layer[2], layer[3]).relu()
+        if index + 1 in TAPS[net]:
+            found.append(x)
+        index += 2
+    return found
+
+
+def _lpips_images(batch: int, pixels: int) -> Callable[[torch.device], dict[str, Any]]:
+    def inputs(device: torch.device) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.rand(batch, 3, pixels, pixels, generator=generator).to(device) * 2 - 1 for _ in "xy")
+        return {"x": x.requires_grad_(), "y": y}
+
+    return inputs
+
+
+def _lpips_eager(
+    net: str, dtype: torch.dtype = torch.float32, compiled: str | None = None
+) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        x, y = (inputs[k].detach().to(dtype).requires_grad_(k == "x") for k in "xy")
+        state = {k: v.to(x.device, dtype) for k, v in trunk_state(net).items()}
+        weights = [w.to(x.device, dtype).requires_grad_() for w in heads(net)]
+        shift, scale = (torch.tensor(v, device=x.device, dtype=dtype)[:, None, None] for v in (SHIFT, SCALE))
+
+        def distance(x: Tensor, y: Tensor) -> Tensor:
+            f0, f1 = (_taps(net, state, (image - shift) / scale) for image in (x, y))
+            return _eager_lpips(f0, f1, [w.flatten() for w in weights])
+
+        if compiled:
+            torch._dynamo.reset()
+            distance = torch.compile(distance, mode=compiled, dynamic=False)
+
+        def run() -> Result:
+            x.grad = None
+            value = distance(x, y)
+            value.sum().backward()
+            assert x.grad is not None
+            return value.detach(), x.grad
+
+        return run
+
+    return setup
+
+
+def _lpips_fastgen(net: str, cached: bool, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        from fastgen import nn
+
+        x, y = inputs["x"], inputs["y"]
+        loss = nn.LPIPS(net=net, trunk_weights=trunk_state(net)).to(x.device)
+        half = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+        with half:
+            target = loss.target(y) if cached else y
+
+        def run() -> Result:
+            with half:
+                value = loss(x, target)
+            return value.detach().flatten(), torch.autograd.grad(value.sum(), x)[0]
+
+        return run
+
+    return setup
+
+
+def _lpips_package(net: str) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        import lpips
+
+        x, y = inputs["x"], inputs["y"]
+        loss = lpips.LPIPS(pretrained=True, net=net, pnet_rand=True, verbose=False).to(x.device)
+        missing = loss.load_state_dict(_package_keys(net, loss), strict=False)
+        if missing.unexpected_keys:
+            raise RuntimeError(f"lpips has no {missing.unexpected_keys}")
+
+        def run() -> Result:
+            x.grad = None
+            value = loss(x, y)
+            value.sum().backward()
+            assert x.grad is not None
+            return value.detach().flatten(), x.grad
+
+        return run
+
+    return setup
+
+
+def _package_keys(net: str, loss: Any) -> dict[str, Tensor]:
+    """Our random trunk under lpips's names: net.slice1.0.weight and so on."""
+    slices = {key.rsplit(".", 2)[1]: key.rsplit(".", 1)[0] for key in loss.state_dict() if key.startswith("net.slice")}
+    return {
+        f"{slices[key.split('.')[1]]}.{key.rsplit('.', 1)[1]}": value
+        for key, value in trunk_state(net).items()
+        if key.split(".")[1] in slices
+    }
+
+
+def _lpips_oracle(net: str) -> Callable[[dict[str, Any]], Result]:
+    def oracle(inputs: dict[str, Any]) -> Result:
+        result: Result = _lpips_eager(net, torch.float64)(inputs)()
+        return result
+
+    return oracle
+
+
+def _lpips_work(net: str, batch: int, pixels: int) -> Work:
+    return Work(
+        family="perceptual",
+        name=f"LPIPS-{net}, {batch}x3x{pixels}x{pixels}, gradient to one image",
+        inputs=_lpips_images(batch, pixels),
+        providers={
+            "fastgen": _lpips_fastgen(net, cached=True),
+            "fastgen, target uncached": _lpips_fastgen(net, cached=False),
+            "fastgen, bf16": Provider(_lpips_fastgen(net, True, torch.bfloat16), ("cuda",), tolerance=0.1),
+            "eager": _lpips_eager(net),
+            "torch.compile": _lpips_eager(net, compiled="default"),
+            "torch.compile, CUDA graph": Provider(_lpips_eager(net, compiled="reduce-overhead"), ("cuda",)),
+            "lpips": _lpips_package(net),
+        },
+        oracle=_lpips_oracle(net),
+        tolerance=1e-3,  # of the gradient: a ReLU or a maximum turns where two numbers nearly meet
+        series=f"LPIPS-{net}",
+        size={"N": batch * pixels**2},
+        operations=_operations(net, batch, pixels),
+    )
+
+
+def _operations(net: str, batch: int, pixels: int) -> float:
+    """Of the convolutions: one image forward, and back to its pixels without the weights' gradients."""
+    side, channels, total = pixels, 3, 0.0
+    for layer in NETS[net]:
+        if layer == "pool":
+            side = (side - (3 if net == "alex" else 2)) // 2 + 1
+            continue
+        out, kernel, stride, padding = layer
+        side = (side + 2 * padding - kernel) // stride + 1
+        total += 2 * 2.0 * out * channels * kernel**2 * side**2
+        channels = out
+    return batch * total
 
 
 def _state() -> dict[str, Tensor]:
@@ -143,8 +347,10 @@ def _digits(batch: int, pixels: int) -> Callable[[torch.device], dict[str, Any]]
     return inputs
 
 
-def _step_fastgen(cached: bool) -> Callable[[dict[str, Any]], Callable[[], Result]]:
-    def setup(inputs: dict[str, Any]) -> Callable[[], Result]:
+def _step_fastgen(cached: bool) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        from fastgen import nn
+
         x, y = inputs["x"], inputs["y"]
         loss = nn.PerceptualLoss("efficientnet-lite0", layers=LAYERS, pixel_weight=1.0).to(x.device)
         target = loss.target(y) if cached else y
@@ -158,7 +364,7 @@ def _step_fastgen(cached: bool) -> Callable[[dict[str, Any]], Callable[[], Resul
     return setup
 
 
-def _step_eager(inputs: dict[str, Any]) -> Callable[[], Result]:
+def _step_eager(inputs: dict[str, Any]) -> Run:
     x, y = inputs["x"], inputs["y"]
     state = {key: value.to(x.device) for key, value in _state().items() if value.is_floating_point()}
     for key, value in state.items():
@@ -195,17 +401,35 @@ def _step_work(batch: int, pixels: int) -> Work:
             "eager": _step_eager,
         },
         oracle=_step_oracle,
+        series="perceptual step, EfficientNet-lite0",
+        size={"N": batch * pixels**2},
         tolerance=1e-3,  # of the L1 gradient: a sign turns where two maps nearly meet
     )
+
+
+def growing(series: str, n: int) -> Work:
+    return _lpips_work("vgg", n, 64)
+
+
+GROWING = ("LPIPS-vgg, images of 64x64",)
 
 
 def works(scale: str) -> list[Work]:
     if scale == "demo":
         return [_epilogue_work(2, 128, False, compiled=False), _step_work(64, 28)]
     if scale == "quick":
-        return [_epilogue_work(2, 128, False), _epilogue_work(2, 128, True), _step_work(64, 28)]
-    return [
-        *(_epilogue_work(batch, pixels, last) for batch, pixels in ((4, 64), (4, 256)) for last in (False, True)),
+        return [
+            *(_epilogue_work(2, 128, last) for last in (False, True)),
+            _lpips_work("alex", 2, 64),
+            _step_work(64, 28),
+        ]
+    pixels = (64, 128, 256)
+    found = [
+        *(_epilogue_work(4, size, last) for size in pixels for last in (False, True)),
+        *(_lpips_work(net, 2, size) for net in NETS for size in pixels),
         _step_work(64, 28),
         _step_work(64, 32),
     ]
+    if scale == "huge":
+        found += [_epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
+    return found

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("mmd", "langevin", "nearest")
+FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -62,17 +62,28 @@ def compile_spec(spec: Spec, target: str) -> Any:
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def machine_code(compiled: Any) -> dict[str, Any]:
-    """Registers, stack (spill) bytes and instruction counts of an sm_* binary, from cuobjdump and nvdisasm."""
+def _tool(name: str, *arguments: str, binary: bytes) -> str:
+    """What one of the CUDA tools inside the triton wheel says of a cubin."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+        cubin.write_bytes(binary)
+        done = subprocess.run([tool, *arguments, cubin], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def disassemble(compiled: Any) -> str:
+    """The machine code of an sm_* binary, with labels."""
+    return _tool("nvdisasm", "-c", binary=compiled.asm["cubin"])
+
+
+def machine_code(compiled: Any) -> dict[str, Any]:
+    """Registers, stack (spill) bytes and instruction counts of an sm_* binary, from cuobjdump and nvdisasm."""
+    usage = _tool("cuobjdump", "-res-usage", binary=compiled.asm["cubin"])
+    sass = disassemble(compiled)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass)
     return {
         "registers": int(found["REG"]),

@@ -1,0 +1,144 @@
+"""Report and growth: the same files give the same bytes, regressions are named, the README says what was measured."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.report
+
+    return benchmarks.report
+
+
+def row(provider: str, n: int, seconds: float, **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"family": "mmd", "work": f"IMQ, N = {n}", "provider": provider, "series": "IMQ"}
+    found |= {"size": {"N": n, "M": n, "D": 8}, "operations": 3e2 * n * n, "moved": 64.0 * n, "status": "ok"}
+    found |= {"seconds": seconds, "quantiles": [seconds, seconds * 1.02, seconds * 1.04], "rounds": 5}
+    found |= {"error": 1e-7, "peak_bytes": 40 * n, "other_load": 0.0}
+    return found | more
+
+
+def content(factor: float = 1.0) -> dict[str, Any]:
+    rows = [row("fastgen", n, factor * 1e-9 * n**2) for n in (1000, 2000, 4000)]
+    rows += [row("eager", n, 3e-8 * n**2, peak_bytes=60 * n**2) for n in (1000, 2000)]
+    rows.append(row("torch.compile", 4000, 0.1))
+    rows.append({k: v for k, v in row("keops", 4000, 1.0, status="wrong", error=0.3).items() if k != "seconds"})
+    limits = {"copy": 2e10, "float32": 1e11}
+    about = {"device": "A machine", "type": "cpu", "cores": 2, "threads": 2, "kernels": "avx2", "torch": "2"}
+    about |= {"python": "3", "versions": {"numpy": "2"}, "commit": "abc", "date": "2026-01-01", "limits": limits}
+    return {"machine": about, "scale": "full", "rows": rows}
+
+
+def test_the_same_file_gives_the_same_bytes(report: ModuleType, tmp_path: Path) -> None:
+    made = []
+    for name in "ab":
+        report.write(content(), tmp_path / name, [])
+        made.append({f.name: f.read_bytes() for f in sorted((tmp_path / name).iterdir())})
+    assert made[0] == made[1]
+    assert set(made[0]) == {"report.md", "speedup.png", "time.png", "memory.png", "roofline.png"}
+    assert all(data[:4] == b"\x89PNG" for file, data in made[0].items() if file.endswith("png"))
+    text = made[0]["report.md"].decode()
+    assert "| mmd: IMQ, N = 1000 | 1 ms | eager 30 ms | 30.0× | 30.0× |" in text
+    assert "| mmd: IMQ | fastgen | N = 1000 to 4000, D = 8 | N^2.00 | N^1.00 |" in text
+    assert "| mmd: IMQ | eager | N = 1000 to 2000, D = 8 | N^2.00 | N^2.00 |" in text
+    assert "**wrong**" in text
+    assert "Warning" not in text
+
+
+def test_regressions_above_the_noise_are_named(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, factor in (("old", 1.0), ("same", 1.04), ("slow", 1.3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content(factor)))
+    against = ["--against", str(tmp_path / "old.json"), "--out", str(tmp_path / "out")]
+    assert report.main([str(tmp_path / "same.json"), *against]) == 0
+    assert report.main([str(tmp_path / "slow.json"), *against]) == 1
+    said = capsys.readouterr().err
+    assert said.count("slower: mmd: IMQ, N = ") == 3
+    assert "1.30 times" in said
+    assert "## Regressions" in (tmp_path / "out" / "report.md").read_text()
+    noisy = content(1.3)
+    for found in noisy["rows"]:
+        found["quantiles"] = [2.0, 2.0, 2.0]
+    assert report.regressions(noisy["rows"], content()["rows"]) == []
+    gone = content()["rows"]
+    gone[0] = {k: v for k, v in gone[0].items() if k != "seconds"} | {"status": "wrong"}
+    assert [s.split(": ")[-1] for s in report.regressions(gone, content()["rows"])] == ["was 1 ms, is wrong"]
+
+
+def test_load_of_others_is_said(report: ModuleType) -> None:
+    busy = content()
+    busy["rows"][0]["other_load"] = 0.7
+    assert "up to 0.7 cores busy" in report.markdown(busy, [], [])
+
+
+def test_the_readme_is_what_the_result_files_say(report: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [match[2] for match in report.MARKED.finditer(text)] == ["cpu", "gpu"]
+    assert report.readme(text, RESULTS) == text, "run: python -m benchmarks report --readme"
+    stored = report.results.load(RESULTS / "cpu.json")
+    assert sum(line.startswith("| ") for line in report.readme_block("cpu", RESULTS).splitlines()) >= 5
+    assert all(r["error"] <= 0.02 for r in stored["rows"] if r["status"] == "ok")
+
+
+def test_a_readme_that_differs_is_seen(report: ModuleType, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    for file in RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    assert report.readme(text, tmp_path) == text
+    changed = json.loads((tmp_path / "cpu.json").read_text())
+    for found in changed["rows"]:
+        if "seconds" in found:
+            found["seconds"] *= 1.1
+    (tmp_path / "cpu.json").write_text(json.dumps(changed))
+    assert report.readme(text, tmp_path) != text
+
+
+def test_a_gpu_result_replaces_the_sentence(report: ModuleType, tmp_path: Path) -> None:
+    assert report.readme_block("gpu", tmp_path) == "GPU speed is not measured yet."
+    measured = content()
+    measured["machine"] |= {"type": "cuda", "device": "A GPU"}
+    measured["rows"][0] |= {"work": "IMQ-7, 4096 x 4096 x 64, both gradients"}
+    (tmp_path / "a-gpu.json").write_text(json.dumps(measured))
+    made = report.readme_block("gpu", tmp_path)
+    assert "not measured" not in made
+    assert "A GPU" in made
+    assert "4096 × 4096 × 64 | **1 ms**" in made
+
+
+def test_every_row_of_the_readme_is_a_work(report: ModuleType) -> None:
+    from benchmarks.__main__ import works
+
+    known = {(f, w.name) for f in report.FAMILIES for scale in ("full", "huge") for w in works(f, scale)}
+    assert {(family, work) for _, family, work in report.README_ROWS + report.README_GPU_ROWS} <= known
+
+
+def test_exponents_and_bisection(report: ModuleType) -> None:
+    from benchmarks import growth
+
+    assert growth.exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
+    asked: list[int] = []
+
+    def fits(n: int) -> bool | str:
+        asked.append(n)
+        return n <= 5000 if n <= 9000 else "time"
+
+    found, ended = growth.bisect(fits)
+    assert 5000 / growth.PRECISION <= found <= 5000
+    assert ended == "memory"
+    assert len(asked) < 16
+    assert growth.bisect(lambda n: n <= 1000 or "time")[1] == "time"
+    assert growth.bisect(lambda n: True, most=4096) == (4096, "the end of the search")
+    assert growth.bisect(lambda n: False)[0] <= 1
+    assert growth.size_of("1.5GiB") == 3 * 2**29
+    with pytest.raises(ValueError, match="--memory"):
+        growth.size_of("12")
