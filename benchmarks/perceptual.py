@@ -136,7 +136,7 @@ def heads(net: str) -> list[Tensor]:
     """fastgen ships the published ones; read from the file, so that a peer does not go through our module."""
     from safetensors.torch import load_file
 
-    from fastgen.nn.perceptual import HEADS
+    from fastgen.nn.perceptual_lpips import HEADS
 
     found = load_file(HEADS / f"v0.1_{net}.safetensors")
     return [next(v for k, v in sorted(found.items()) if k.startswith(f"lin{i}.")) for i in range(len(TAPS[net]))]
