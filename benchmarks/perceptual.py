@@ -96,6 +96,7 @@ def _epilogue_work(batch: int, pixels: int, last: bool, compiled: bool = True) -
         tolerance=1e-4,
         series=f"LPIPS from VGG features, {layout}",
         size={"N": batch * pixels**2},
+        operations=18.0 * elements,  # two norms and quotients, difference, square, weight, sum; half of it again back
         moved=4.0 * 3 * elements,  # both read, one gradient written
     )
 
@@ -273,6 +274,7 @@ def _lpips_work(net: str, batch: int, pixels: int) -> Work:
         series=f"LPIPS-{net}",
         size={"N": batch * pixels**2},
         operations=_operations(net, batch, pixels),
+        moved=4.0 * (2 * sum(v.numel() for v in trunk_state(net).values()) + 3 * batch * 3 * pixels**2),
     )
 
 
