@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen.functional import nearest
 
-FIGURES = ("kid", "precision", "recall", "density", "coverage", "confident", "rarest_class")
+FIGURES = ("kid", "precision", "recall", "density", "coverage", "two_sample", "confident", "rarest_class")
 
 
 def _pyplot() -> Any:

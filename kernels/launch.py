@@ -177,6 +177,77 @@ def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
     return 256, False
 
 
+LPIPS_TILE = 4096  # elements of each map that a program keeps in registers
+LPIPS_LARGEST_C = 2048
+FEATURE_BLOCK = 4096
+MOST_ELEMENTS = 2**31 - 2**16  # of a sample: offsets within one are 32 bits
+
+
+def lpips_fits(f: Tensor) -> bool:
+    """Whether the kernels take such maps: else the reference runs."""
+    return f.dtype != torch.float64 and f.shape[1] <= LPIPS_LARGEST_C and f[:1].numel() < MOST_ELEMENTS
+
+
+def feature_fits(f: Tensor) -> bool:
+    return f.dtype != torch.float64 and f[:1].numel() < MOST_ELEMENTS
+
+
+def lpips_blocks(channels: int) -> dict[str, int]:
+    """BLOCK_P, BLOCK_C and num_warps of `_lpips_value_kernel` and `_lpips_grad_kernel`.
+
+    512 channels leave 8 pixels: whole sectors of 32 bytes where channels lie in planes of float32."""
+    block_c = max(16, 1 << (channels - 1).bit_length())
+    return {"BLOCK_P": min(256, max(1, LPIPS_TILE // block_c)), "BLOCK_C": block_c, "num_warps": 4}
+
+
+def lpips_layer(
+    f0: Tensor, f1: Tensor, weight: Tensor, eps: float, inside: bool, last: bool, grad: Tensor | None, sides: int
+) -> tuple[Tensor, ...]:
+    """The value [N] in float32, or (with grad [N]) the gradients of the first `sides` maps; both dense, of one layout:
+    `last` says channels_last."""
+    from fastgen.kernels import perceptual as kernels
+
+    n, channels, pixels = f0.shape[0], f0.shape[1], f0.shape[2] * f0.shape[3]
+    blocks = lpips_blocks(channels)
+    programs = -(-pixels // blocks["BLOCK_P"])
+    weight = weight.to(torch.float32).contiguous()
+    flags = {"INSIDE": inside, "LAST": last, **blocks, **kernels.OPTIONS}
+    if grad is None:
+        partial = torch.empty(n, programs, dtype=torch.float32, device=f0.device)
+        if n:
+            with torch.cuda.device_of(f0):
+                kernels._lpips_value_kernel[(n * programs,)](f0, f1, weight, partial, pixels, channels, eps, **flags)
+        return ((partial.sum(1, dtype=torch.float64) / pixels).to(torch.float32),)
+    grad = grad.to(torch.float32).contiguous()
+    out = [torch.empty_like(f) for f in (f0, f1)[:sides]]
+    if n:
+        with torch.cuda.device_of(f0):
+            kernels._lpips_grad_kernel[(n * programs,)](
+                f0, f1, weight, grad, out[0], out[1] if sides == 2 else None, pixels, channels, eps, **flags
+            )
+    return tuple(out)
+
+
+def feature_distance(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:
+    """The value [N] in float32, or the gradient of f0; both maps dense, their elements in one order."""
+    from fastgen.kernels import perceptual as kernels
+
+    n = f0.shape[0]
+    size = f0.numel() // max(n, 1)
+    programs = -(-size // FEATURE_BLOCK)
+    if grad is not None:
+        grad = grad.to(torch.float32).contiguous()
+        out = torch.empty_like(f0)
+    else:
+        out = torch.empty(n, programs, dtype=torch.float32, device=f0.device)
+    if n:
+        with torch.cuda.device_of(f0):
+            kernels._feature_kernel[(n * programs,)](
+                f0, f1, grad, out, size, SQUARED=squared, BLOCK=FEATURE_BLOCK, **kernels.OPTIONS
+            )
+    return out if grad is not None else (out.sum(1, dtype=torch.float64) / max(size, 1)).to(torch.float32)
+
+
 def langevin_accept(elements: int) -> tuple[int, bool, int]:
     """(groups of four elements in a program, whether a chain fits it, warps)."""
     of_chain = -(-elements // 4)

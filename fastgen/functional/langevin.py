@@ -82,21 +82,15 @@ def langevin_step_(
         raise RuntimeError(f"{name}: langevin_step_ is not differentiable; detach it, or call under torch.no_grad()")
     if stats is not None:
         _statistics(stats, x)
-    precision = 0.0 if prior_scale is None else 1.0 / check.number("prior_scale", prior_scale, above=0.0) ** 2
-    clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0)
     low, high = _interval(clamp)
-    h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
-    if noise_scale is None:
-        s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
-    else:
-        s, noise_scales = _per_chain("noise_scale", noise_scale, x, least=0.0)
+    step_sizes, noise_scales, scalars = _scales(x, step_size, noise_scale, prior_scale, grad_clip)
     beta, out = 0.0, None
     if lookahead is not None:
         beta, out = _lookahead(lookahead, x)
     key = _key(x, seed, step, chain_id)
     torch.ops.fastgen.langevin_step_(
         x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats,
-        h, s, precision, clip, low, high, beta, bool(noise_first), key[3], key[4],
+        *scalars, low, high, beta, bool(noise_first), key[3], key[4],
     )  # fmt: skip
     return x
 
@@ -187,6 +181,20 @@ def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> 
     if isinstance(value, Tensor):
         return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
     return check.number(name, value, **bounds), None
+
+
+def _scales(
+    x: Tensor, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any
+) -> tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]:
+    """(η and s for each chain, or None; η, s, 1/σ², c): the arguments as the ops want them."""
+    precision = 0.0 if prior_scale is None else 1.0 / check.number("prior_scale", prior_scale, above=0.0) ** 2
+    clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0)
+    h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
+    if noise_scale is None:
+        s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
+    else:
+        s, noise_scales = _per_chain("noise_scale", noise_scale, x, least=0.0)
+    return step_sizes, noise_scales, (h, s, precision, clip)
 
 
 def _statistics(stats: Any, x: Tensor) -> None:

@@ -174,13 +174,13 @@ def weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, q and the coefficients of XX, YY and XY."""
     p, q = _shares(x_weight, x), _shares(y_weight, y)
-    one = torch.ones((), dtype=torch.float64, device=x.device)
-    if estimator == "biased":
-        parts = [one, one, one]
-    else:
-        parts = [1 / (1 - (p * p).sum(-1)), 1 / (1 - (q * q).sum(-1)), one]
+    # What is left of the weights' product once the pairs i = i are out: nothing, if one point has all the weight.
+    apart = [p.new_zeros(()) for _ in range(3)]
+    if estimator != "biased":
+        apart[:2] = (p * p).sum(-1), (q * q).sum(-1)
         if estimator == "u_statistic":
-            parts[2] = 1 / (1 - (p * q).sum(-1))
+            apart[2] = (p * q).sum(-1)
+    parts = [torch.where(share < 1, 1 / (1 - share), float("nan")) for share in apart]
     coefficients = torch.stack(torch.broadcast_tensors(*parts), -1)
     dtype = ops.accumulator(x.dtype)
     return p.to(dtype), q.to(dtype), coefficients

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import fastgen.ops.nearest  # noqa: F401  registers the ops
 from fastgen import check
+from fastgen.ops import nearest as ops  # registers them
 
 
 class Nearest(NamedTuple):
@@ -86,6 +86,19 @@ def nearest(
     if torch.is_grad_enabled() and (query.requires_grad or database.requires_grad):
         return Nearest(_Distance.apply(query, database, index), index)
     return Nearest(torch.ops.fastgen.nearest_distance(query.detach(), database.detach(), index), index)
+
+
+def nearest_or_none(query: Tensor, database: Tensor, exclude_radius: float) -> Nearest:
+    """The nearest row that no query rejects, or distance inf and index −1 (for search.StreamingNearest)."""
+    index = ops.search(query, database, None, 1, exclude_radius, "certified")
+    distance = torch.ops.fastgen.nearest_distance(query, database, index.clamp_min(0))
+    return Nearest(distance.masked_fill(index < 0, torch.inf), index)
+
+
+def rejected(query: Tensor, database: Tensor, exclude_radius: float) -> Tensor:
+    """[M] bool: the rows that lie nearer than the radius to some query."""
+    distance = nearest(database, query).distance[:, 0]
+    return distance.double() < exclude_radius * exclude_radius
 
 
 class _Distance(torch.autograd.Function):

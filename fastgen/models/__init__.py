@@ -24,6 +24,9 @@ from fastgen.check import UserError
 # name on the command line -> module and class
 MODELS = {
     "glann": ("fastgen.models.glann", "GLANN"),
+    "wae-mmd": ("fastgen.models.wae", "WAEMMD"),
+    "gmmn": ("fastgen.models.gmmn", "GMMN"),
+    "glo": ("fastgen.models.glo_model", "GLOModel"),
     "imle": ("fastgen.models.imle_image", "IMLE"),
     "imle-reverse": ("fastgen.models.imle_reverse", "IMLEReverse"),
     "rs-imle": ("fastgen.models.imle_image", "RSIMLE"),

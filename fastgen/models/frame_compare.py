@@ -94,8 +94,8 @@ class CompareFRAME:
             assert learner is not None
             energies = learner.energies[learner.energies.isfinite()]
             curves[name].append(energies)
-            largest = float(energies.abs().max()) if len(energies) else float("nan")
-            bounded = end == "finished" and largest <= self.bound
+            largest = float(energies.abs().max()) if len(energies) else None
+            bounded = end == "finished" and largest is not None and largest <= self.bound
             chains = learner.image(learner.chains.nan_to_num())
             rows.append(
                 {
@@ -104,7 +104,7 @@ class CompareFRAME:
                     "bounded": bounded,
                     "end": end,
                     "largest": largest,
-                    "last": float(energies[-1]) if len(energies) else float("nan"),
+                    "last": float(energies[-1]) if len(energies) else None,
                     # Chains that have run to one picture, or to black and white, show here.
                     "variance": float(chains.var(0).mean() / images.train.var(0).mean()),
                     "mmd": float(mmd(chains.flatten(1), images.test.flatten(1))),
@@ -136,6 +136,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in result["runs"]:
         word = "yes" if r["bounded"] else ("no, diverged" if r["end"] == "diverged" else "no")
-        numbers = f"{r['largest']:.3g} | {r['last']:.3g} | {r['variance']:.2f} | {r['mmd']:.3g}"
+        keys = ("largest", "last", "variance", "mmd")
+        numbers = " | ".join("none" if r[key] is None else f"{r[key]:.3g}" for key in keys)
         lines.append(f"| {r['model']} | {r['seed']} | {word} | {numbers} |")
     return "\n".join(lines)

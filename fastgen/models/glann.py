@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check, data
-from fastgen.models.glo import GLO, initial_latents
+from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle import LatentIMLE
 from fastgen.models.networks import in_batches
 from fastgen.models.run import Run, generator, row_loader
@@ -23,7 +23,7 @@ LAYERS = {
 }
 
 
-class GLANN:
+class GLANN(Decoder):
     """Generative latent nearest neighbours: x = G(T(e)), e ~ N(0, I).
 
     Stage 1 (GLO) learns the generator G and a latent on the unit sphere for each image under a perceptual loss; stage 2
@@ -94,9 +94,7 @@ class GLANN:
         check.integer("seed", seed, least=0, most=2**31)
         check.choice("latent_init", latent_init, ("pca", "random"))
         self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
-        self.generator: torch.nn.Module | None = None
         self.mapper: torch.nn.Module | None = None
-        self.latent: Tensor | None = None
 
     def fit(
         self,
@@ -173,31 +171,8 @@ class GLANN:
         self.latent = glo.latent.weight.detach().cpu()
         return self
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [0, 1] of latents [N, latent_dim]."""
-        assert self.generator is not None, "fit or load first"
-        return in_batches(self.generator, latent, 512)
-
     def sample(self, n: int, *, seed: int) -> Tensor:
         """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.mapper is not None, "fit or load first"
         noise = torch.randn(n, self.arguments["noise_dim"], generator=torch.Generator().manual_seed(seed))
         return self.decode(in_batches(self.mapper, noise))
-
-    def reconstructions(self, images: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """`n` of the training images [N, C, H, W] and what the generator makes of their latents."""
-        assert self.latent is not None, "fit or load first"
-        some = slice(0, None, max(1, len(self.latent) // n))
-        return images[some][:n], self.decode(self.latent[some][:n])
-
-    def interpolations(self, rows: int, steps: int) -> Tensor:
-        """Images [rows · steps, C, H, W] along great circles between training images' latents."""
-        assert self.latent is not None, "fit or load first"
-        # Sorted by class, latents half the set apart belong to different ones.
-        ends = self.latent[:: max(1, len(self.latent) // (2 * rows))]
-        start, stop = ends[:rows], ends[rows : 2 * rows]
-        angle = (start * stop).sum(1, keepdim=True).clamp(-1, 1).acos()  # [rows, 1]
-        share = torch.linspace(0, 1, steps)
-        weight = torch.stack([((1 - share) * angle).sin(), (share * angle).sin()]) / angle.sin()
-        path = weight[0, ..., None] * start[:, None] + weight[1, ..., None] * stop[:, None]
-        return self.decode(path.flatten(0, 1))

@@ -7,21 +7,23 @@ import torch.nn.functional as tf
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from fastgen.models.networks import Generator
-from fastgen.nn import PerceptualLoss
+from fastgen.models.networks import Generator, in_batches
+from fastgen.models.row_adam import RowAdam, project
 
 
 class GLO(LightningModule):
-    """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1.
+    """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1 (or ≤ 1).
 
     images: float32 [N, C, H, W] in [0, 1]; they and the loss's cached target features live on the module's device
-    loss: a perceptual loss; frozen, not part of the checkpoint; None for a module that only loads one
+    loss: a perceptual loss, or what has its `target`; frozen, not part of the checkpoint; None for a module that only
+        loads one
     latent: [N, latent_dim] rows on the unit sphere to start from
     generator_lr, latent_lr: Adam's (β = .5, .999) at the start; both fall to 0 along a cosine over `steps` steps
+    sphere_or_ball: "sphere" or "ball", where latents are held
 
-    Each step touches the batch's latents alone: SparseAdam keeps moments row by row, and those rows are projected back
-    to the sphere at once. The official code (yedidh/glann) runs dense Adam over all N rows in every step, projects once
-    an epoch, makes its optimiser anew each epoch and lets the perceptual network collect weight gradients.
+    Each step touches the batch's latents alone: `RowAdam` keeps moments row by row and projects those rows at once. The
+    official code (yedidh/glann) runs dense Adam over all N rows in every step, projects once an epoch, makes its
+    optimiser anew each epoch and lets the perceptual network collect weight gradients.
 
     Source: Bojanowski et al., Optimizing the Latent Space of Generative Networks, ICML 2018; Hoshen and Malik,
     Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors, CVPR 2019.
@@ -30,15 +32,17 @@ class GLO(LightningModule):
     def __init__(
         self,
         images: Tensor,
-        loss: PerceptualLoss | None,
+        loss: nn.Module | None,
         latent: Tensor,
         *,
         width: int,
         generator_lr: float,
         latent_lr: float,
         steps: int,
+        sphere_or_ball: str = "sphere",
     ) -> None:
         super().__init__()
+        self.sphere_or_ball = sphere_or_ball
         self.automatic_optimization = False
         self.generator_lr, self.latent_lr, self.steps = generator_lr, latent_lr, steps
         shape: Any = tuple(images.shape[1:])
@@ -57,7 +61,7 @@ class GLO(LightningModule):
     def configure_optimizers(self) -> Any:
         optimisers = [
             torch.optim.Adam(self.generator.parameters(), self.generator_lr, betas=(0.5, 0.999)),
-            torch.optim.SparseAdam(self.latent.parameters(), self.latent_lr, betas=(0.5, 0.999)),
+            RowAdam(self.latent.parameters(), self.latent_lr, betas=(0.5, 0.999), project=self.sphere_or_ball),
         ]
         return optimisers, [torch.optim.lr_scheduler.CosineAnnealingLR(o, self.steps) for o in optimisers]
 
@@ -72,9 +76,37 @@ class GLO(LightningModule):
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             schedule.step()
-        with torch.no_grad():
-            self.latent.weight[rows] = tf.normalize(self.latent.weight[rows], dim=1)
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+
+
+class Decoder:
+    """What a trained generator with a latent for each training image can draw."""
+
+    generator: nn.Module | None = None
+    latent: Tensor | None = None
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] of latents [N, latent_dim]."""
+        assert self.generator is not None, "fit or load first"
+        return in_batches(self.generator, latent, 512)
+
+    def reconstructions(self, images: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """`n` of the training images [N, C, H, W] and what the generator makes of their latents."""
+        assert self.latent is not None, "fit or load first"
+        some = slice(0, None, max(1, len(self.latent) // n))
+        return images[some][:n], self.decode(self.latent[some][:n])
+
+    def interpolations(self, rows: int, steps: int) -> Tensor:
+        """Images [rows · steps, C, H, W] along great circles between training images' latents."""
+        assert self.latent is not None, "fit or load first"
+        # Sorted by class, latents half the set apart belong to different ones.
+        ends = self.latent[:: max(1, len(self.latent) // (2 * rows))]
+        start, stop = ends[:rows], ends[rows : 2 * rows]
+        angle = tf.cosine_similarity(start, stop).clamp(-1, 1).acos()[:, None]
+        share = torch.linspace(0, 1, steps)
+        weight = torch.stack([((1 - share) * angle).sin(), (share * angle).sin()]) / angle.sin()
+        path = weight[0, ..., None] * start[:, None] + weight[1, ..., None] * stop[:, None]
+        return self.decode(project(path.flatten(0, 1), "ball"))  # of latents in a ball a path may leave it
 
 
 def initial_latents(images: Tensor, latent_dim: int, kind: str, generator: torch.Generator) -> Tensor:

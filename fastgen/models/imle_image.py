@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from fastgen import check, data
 from fastgen.functional import nearest
-from fastgen.models import processes
+from fastgen.models import evaluation, processes
 from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_pool import Found, codes, own_spans, search_own, search_pool, spans
 from fastgen.models.imle_space import Space, space
@@ -357,7 +358,17 @@ class IMLE:
     def _take(self, module: PoolIMLE, images: data.Images) -> "IMLE":
         self.generator, self.condition = module.generator.cpu().eval(), module._held["condition"]
         self.chosen = module.chosen.cpu()
+        if images.train_label is None:  # then there is no classifier to judge by
+            self.measure = lambda run, images: evaluation.measure_pixels(run, self, images)
+            self.pictures = lambda folder: self._pictures(folder, images)
         return self
+
+    def _pictures(self, folder: Path, images: data.Images) -> list[str]:
+        from fastgen import report
+
+        panels = {"real": images.test[:100], "samples": self.sample(100, seed=0)}
+        report.samples(folder / "samples.png", panels)
+        return []
 
     def decode(self, code: Tensor, about: Tensor | None = None) -> Tensor:
         """Images [N, C, H, W] in [0, 1] of codes [N, noise_dim] and, of a conditional model, of conditions [N, K]."""

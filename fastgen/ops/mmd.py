@@ -22,7 +22,7 @@ _OPTIONS = (
 ALL = reference.ALL
 accumulator = reference.accumulator
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
-_IN_CPP = ("imq", "rbf")
+_NONE = (0, False)  # of an optional tensor: its address, and whether it has a batch dimension
 _IN_TRITON = ("imq", "rbf")
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
@@ -50,7 +50,7 @@ def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, floa
 def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Options) -> tuple[Tensor, ...]:
     """The value and the gradients of the first `sides` of x and y."""
     chosen = backend.choose("mmd", x.device)
-    if chosen == "cpp" and options.kind in _IN_CPP and options.x_weight is None and options.coefficients is None:
+    if chosen == "cpp":
         return _cpp(x, y, sides, options)
     if chosen == "triton" and options.kind in _IN_TRITON and options.x_weight is None and options.coefficients is None:
         from fastgen.kernels import launch
@@ -71,21 +71,36 @@ def _cpp(x: Tensor, y: Tensor, sides: int, options: reference.Options) -> tuple[
     dtype = reference.accumulator(x.dtype)
     x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
     *batch, n, d = x.shape
+    m = y.shape[-2]
     outputs = [torch.empty(batch, dtype=dtype)]
     outputs += [torch.empty_like(points) for points in (x, y)[:sides]]
+    weights = options.x_weight, options.y_weight
+    extra: tuple[tuple[int, bool], ...] = (_NONE, _NONE, _NONE)
+    kept = []  # what the addresses point to
+    if options.coefficients is not None or weights != (None, None):
+        if weights != (None, None):
+            kept = [
+                (torch.ones(k) if w is None else w).to(dtype).contiguous() for w, k in zip(weights, (n, m), strict=True)
+            ]
+        addresses = [(w.data_ptr(), w.ndim == 2) for w in kept] or [_NONE, _NONE]
+        if options.coefficients is not None:
+            kept.append(options.coefficients.to(torch.float64).contiguous())
+        extra = (*addresses, (kept[-1].data_ptr(), kept[-1].ndim == 2) if options.coefficients is not None else _NONE)
     pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
     kernel = extension.mmd_f64 if dtype == torch.float64 else extension.mmd_f32
     kernel(
         x.data_ptr(),
         y.data_ptr(),
+        *extra,
         [out.data_ptr() for out in outputs],
         batch[0] if batch else 1,
         n,
-        y.shape[-2],
+        m,
         d,
         "imq_pairs" if pairs else options.kind,
         pairs or options.parameters,
         _ESTIMATORS[options.estimator],
+        options.terms,
         torch.get_num_threads(),
     )
     return tuple(outputs)

@@ -34,11 +34,10 @@ def _like(f: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(f).copy_(value)
 
 
-def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both maps in the type of their sums and in one layout, f0's if that will do; whether it is channels_last."""
+def _dense(f0: Tensor, f1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
+    """Both maps of one dtype and in one layout, f0's if that will do; whether it is channels_last."""
     last = f0.ndim == 4 and not f0.is_contiguous() and f0.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    dtype = reference.wide(f0.dtype)
     return f0.to(dtype).contiguous(memory_format=layout), f1.to(dtype).contiguous(memory_format=layout), last
 
 
@@ -48,7 +47,7 @@ def _lpips_cpp(
     """The value, or (with `grad`) the gradients of the first `sides` of f0 and f1."""
     extension = backend.extension()
     assert extension is not None
-    g0, g1, last = _dense(f0, f1)
+    g0, g1, last = _dense(f0, f1, reference.wide(f0.dtype))
     n, c, h, w = g0.shape
     weight = weight.to(g0.dtype).contiguous()
     if grad is None:
@@ -63,24 +62,41 @@ def _lpips_cpp(
     return tuple(out) if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
 
 
+def _lpips_fused(
+    f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, grad: Tensor | None, sides: int
+) -> tuple[Tensor, ...] | None:
+    """What `_lpips_cpp` returns, from the kernel for these maps; None where that is the reference."""
+    kernel = backend.choose("perceptual", f0.device)
+    if kernel == "cpp":
+        return _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, sides)
+    if kernel == "triton":
+        from fastgen.kernels import launch
+
+        if launch.lpips_fits(f0):
+            g0, g1, last = _dense(f0, f1, f0.dtype)
+            out = launch.lpips_layer(g0, g1, weight, eps, eps_inside, last, grad, sides)
+            return out if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
+    return None
+
+
 def _lpips_layer(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    if backend.choose("perceptual", f0.device) == "cpp":
-        return _lpips_cpp(f0, f1, weight, eps, eps_inside, None, 0)[0]
-    return reference.lpips_layer(f0, f1, weight, eps, eps_inside)
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, None, 0)
+    return reference.lpips_layer(f0, f1, weight, eps, eps_inside) if fused is None else fused[0]
 
 
 def _lpips_layer_backward(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    if backend.choose("perceptual", f0.device) == "cpp":
-        return _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, 1)[0]
-    return _like(f0, reference.lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside))
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 1)
+    if fused is None:
+        return _like(f0, reference.lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside))
+    return fused[0]
 
 
 def _lpips_layer_backward_both(
     grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool
 ) -> tuple[Tensor, Tensor]:
-    if backend.choose("perceptual", f0.device) == "cpp":
-        grad0, grad1 = _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, 2)
-        return grad0, grad1
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 2)
+    if fused is not None:
+        return fused[0], fused[1]
     return (
         _lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside),
         _lpips_layer_backward(grad, f1, f0, weight, eps, eps_inside),
@@ -110,7 +126,7 @@ def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> 
     """The value, or (with `grad`) the gradient of f0."""
     extension = backend.extension()
     assert extension is not None
-    g0, g1, _ = _dense(f0, f1)
+    g0, g1, _ = _dense(f0, f1, reference.wide(f0.dtype))
     n = g0.shape[0]
     if grad is None:
         out = g0.new_empty(n)
@@ -124,16 +140,28 @@ def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> 
     return out if grad is None else _like(f0, out)
 
 
+def _feature_fused(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor | None:
+    kernel = backend.choose("perceptual", f0.device)
+    if kernel == "cpp":
+        return _feature_cpp(f0, f1, squared, grad)
+    if kernel == "triton":
+        from fastgen.kernels import launch
+
+        if launch.feature_fits(f0):
+            g0, g1, _ = _dense(f0, f1, f0.dtype)
+            out = launch.feature_distance(g0, g1, squared, grad)
+            return out if grad is None else _like(f0, out)
+    return None
+
+
 def _feature_distance(f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
-    if backend.choose("perceptual", f0.device) == "cpp":
-        return _feature_cpp(f0, f1, squared, None)
-    return reference.feature_distance(f0, f1, squared)
+    fused = _feature_fused(f0, f1, squared, None)
+    return reference.feature_distance(f0, f1, squared) if fused is None else fused
 
 
 def _feature_distance_backward(grad: Tensor, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
-    if backend.choose("perceptual", f0.device) == "cpp":
-        return _feature_cpp(f0, f1, squared, grad)
-    return _like(f0, reference.feature_distance_backward(grad, f0, f1, squared))
+    fused = _feature_fused(f0, f1, squared, grad)
+    return _like(f0, reference.feature_distance_backward(grad, f0, f1, squared)) if fused is None else fused
 
 
 for _name in _SCHEMAS:

@@ -1,10 +1,19 @@
 """Exact nearest neighbours over a pool that is never whole in memory."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.nearest import Nearest, nearest
+from fastgen.functional.nearest import Nearest, nearest, nearest_or_none, rejected
+
+_LAST = torch.iinfo(torch.int64).max
+
+
+def smaller(one: Nearest, two: Nearest) -> Nearest:
+    """The lesser (distance, index) of each query: associative and commutative, so that splits and orders agree."""
+    wins = (one.distance < two.distance) | ((one.distance == two.distance) & (one.index < two.index))
+    return Nearest(torch.where(wins, one.distance, two.distance), torch.where(wins, one.index, two.index))
 
 
 class StreamingNearest:
@@ -12,11 +21,23 @@ class StreamingNearest:
 
     `StreamingNearest(query).update(chunk).update(chunk).result()`
 
-    The state is one distance and one id for each query, whatever the size of the pool: for IMLE over generated samples,
-    only the winners' ids need be kept and their latents made again.
+    The state is one distance and one id for each query, 12 bytes, whatever the size of the pool: for IMLE over
+    generated samples, only the winners' ids need be kept and their latents made again.
 
     Args:
-        query: [N, D] floating point, as `functional.nearest` takes it; kept, not copied: leave it unchanged.
+        query: [N, D] floating point, as `functional.nearest` takes it; kept, not copied: leave it unchanged. Or a numpy
+            array, as np.load(path, mmap_mode="r") or np.memmap gives it, of float32, float64 or float16: it stays where
+            it is and is read once for each chunk, `block` rows at a time, so that the queries need not fit in memory.
+        device: where the search runs for a numpy array, default "cpu"; a tensor's is its own.
+        exclude_radius: as `functional.nearest` has it, None (default) for none: a row nearer than this to any query is
+            no query's answer. With several blocks of queries each chunk is searched twice.
+        block: rows of a numpy array at a time, default 65,536.
+        overlap: on CUDA, search each chunk on a stream of its own, and only when the next has been handed in, so that
+            generating that one and the search run at the same time; errors come with it, a chunk late. One chunk more
+            is kept. Default False; no difference on the CPU.
+
+    Raises:
+        TypeError, ValueError: as `functional.nearest`; `update` refuses a chunk of another dtype, width or device.
 
     Notes:
         The minimum of (distance, id) is associative, so that any chunks in any order give the bits of one
@@ -26,32 +47,107 @@ class StreamingNearest:
         IMLE (Li & Malik 2018), algorithm 1, with the pool as a stream.
     """
 
-    def __init__(self, query: Tensor) -> None:
-        check.tensor("query", query, ndim=(2,))
-        self._query = query.detach()
-        self._distance = torch.full((len(query), 1), torch.inf, device=query.device)
-        self._index = torch.full((len(query), 1), torch.iinfo(torch.int64).max, device=query.device)
-        self._next_id = 0
+    def __init__(
+        self,
+        query: Tensor | np.ndarray,
+        *,
+        device: str | torch.device | None = None,
+        exclude_radius: float | None = None,
+        block: int = 1 << 16,
+        overlap: bool = False,
+    ) -> None:
+        self._array: np.ndarray | None = None
+        if isinstance(query, np.ndarray):
+            if query.dtype not in (np.float32, np.float64, np.float16) or query.ndim != 2:
+                raise TypeError(
+                    "query: expected a [N, D] array of float32, float64 or float16, "
+                    f"got {query.dtype} {list(query.shape)}"
+                )
+            self._array, self._device = query, torch.device("cpu" if device is None else device)
+            self._like = torch.from_numpy(np.empty((0, query.shape[1]), query.dtype)).to(self._device)
+        else:
+            check.tensor("query", query, ndim=(2,))
+            if device is not None and torch.device(device) != query.device:
+                raise ValueError(f"device: expected that of query, {query.device}, got {device}")
+            self._query, self._device, self._like = query.detach(), query.device, query.detach()[:0]
+        n = len(query)
+        self._radius = None if exclude_radius is None else check.number("exclude_radius", exclude_radius, above=0)
+        step = check.integer("block", block, least=1) if self._array is not None else max(n, 1)
+        self._blocks = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        self._best = Nearest(
+            torch.full((n, 1), torch.inf, device=self._device), torch.full((n, 1), _LAST, device=self._device)
+        )
+        self._next_id, self._rows = 0, 0
+        self._stream = torch.cuda.Stream(self._device) if overlap and self._device.type == "cuda" else None
+        self._waiting: tuple[Tensor, int, torch.cuda.Event] | None = None
 
     def update(self, chunk: Tensor, *, first_id: int | None = None) -> "StreamingNearest":
         """Take [M, D] rows with the ids first_id … first_id + M − 1, by default from where the last chunk ended."""
         start = self._next_id if first_id is None else check.integer("first_id", first_id, least=0)
         check.tensor("chunk", chunk, ndim=(2,))
-        check.same("chunk", chunk, "query", self._query)
-        if chunk.shape[1] != self._query.shape[1]:
-            raise ValueError(f"chunk: expected shape [M, {self._query.shape[1]}], got {list(chunk.shape)}")
+        check.same("chunk", chunk, "query", self._like)
+        if chunk.shape[1] != self._like.shape[1]:
+            raise ValueError(f"chunk: expected shape [M, {self._like.shape[1]}], got {list(chunk.shape)}")
         self._next_id = start + len(chunk)
         if len(chunk) == 0:
             return self
-        distance, index = nearest(self._query, chunk.detach())
-        index = index + start
-        wins = (distance < self._distance) | ((distance == self._distance) & (index < self._index))
-        self._distance = torch.where(wins, distance, self._distance)
-        self._index = torch.where(wins, index, self._index)
+        if self._stream is None:
+            self._search(chunk.detach(), start)
+            return self
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        self._finish()
+        self._waiting = (chunk.detach(), start, ready)
         return self
 
     def result(self) -> Nearest:
-        """Nearest(distance [N, 1] float32, index [N, 1] int64) over every chunk so far; ValueError before the first."""
-        if self._distance.isinf().any():
+        """Nearest(distance [N, 1] float32, index [N, 1] int64) over every chunk so far; ValueError before the first,
+        and where the radius has left a query without a row."""
+        self._finish()
+        if self._rows == 0:
             raise ValueError("result: expected at least one chunk of at least one row before it")
-        return Nearest(self._distance.clone(), self._index.clone())
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if self._best.distance.isinf().any():
+            row = int(self._best.distance.isinf().nonzero()[0, 0])
+            raise ValueError(
+                f"result: expected a row outside exclude_radius={self._radius} for each query, but none of the "
+                f"{self._rows} so far is left for query {row}"
+            )
+        return Nearest(self._best.distance.clone(), self._best.index.clone())
+
+    def _finish(self) -> None:
+        """Search the chunk that waits, on the side stream: what the caller has queued since runs beside it."""
+        if self._waiting is None or self._stream is None:
+            return
+        (chunk, start, ready), self._waiting = self._waiting, None
+        self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):
+            chunk.record_stream(self._stream)
+            self._search(chunk, start)
+
+    def _load(self, rows: slice) -> Tensor:
+        if self._array is None:
+            return self._query
+        return torch.from_numpy(np.array(self._array[rows])).to(self._device)  # a copy: memory maps are read-only
+
+    def _search(self, chunk: Tensor, start: int) -> None:
+        mask = None
+        if self._radius is not None and len(self._blocks) > 1:
+            if not chunk.isfinite().all():
+                raise ValueError("chunk: expected finite values, got NaN or infinity")
+            mask = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
+            for rows in self._blocks:
+                mask &= ~rejected(self._load(rows), chunk, self._radius)
+        self._rows += len(chunk)
+        if mask is not None and not mask.any():
+            return
+        for rows in self._blocks:
+            if self._radius is None or mask is not None:
+                found = nearest(self._load(rows), chunk, mask=mask)
+            else:
+                found = nearest_or_none(self._load(rows), chunk, self._radius)
+            found = Nearest(found.distance, torch.where(found.distance.isinf(), _LAST, found.index + start))
+            self._best.distance[rows], self._best.index[rows] = smaller(
+                Nearest(self._best.distance[rows], self._best.index[rows]), found
+            )

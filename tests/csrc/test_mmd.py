@@ -14,6 +14,12 @@ KERNELS = {
     "imq_pairs": ("imq", [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]),
     "imq": ("imq", [0.3, 1.0, 4.0]),
     "rbf": ("rbf", [0.01, 0.1, 1.0, 30.0]),
+    "rbf_ladder": ("rbf", [16.0, 0.02, 0.04, 0.08, 0.32, 1.28, 1.0, 4.0, 2.0]),
+    "laplacian": ("laplacian", [0.1, 1.0, 7.0]),
+    "energy": ("energy", []),
+    "rational_quadratic": ("rational_quadratic", [0.8, 0.2, 1.0, 5.0]),
+    "polynomial": ("polynomial", [3.0, 0.7, 1.0]),
+    "polynomial_linear": ("polynomial", [1.0, 0.7, 0.0]),
 }
 
 
@@ -34,22 +40,78 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_against_the_oracle(isa: str, dtype: torch.dtype, name: str, oracle: ModuleType) -> None:
     kind, parameters = KERNELS[name]
-    assert (ops.inverse_pairs(parameters) is not None) == (name == "imq_pairs")
+    assert (kind == "imq" and ops.inverse_pairs(parameters) is not None) == (name == "imq_pairs")
     relative = 1e-11 if dtype == torch.float64 else 1e-5
-    absolute = (1e-13 if dtype == torch.float64 else 5e-7) * len(parameters)
+    absolute = (1e-13 if dtype == torch.float64 else 5e-7) * max(1, len(parameters))
+    if kind == "polynomial":  # some values are far above one
+        relative = 4 * relative
     for n, m, d in [(2, 3, 1), (31, 32, 7), (33, 65, 16), (129, 127, 33), (513, 520, 4), (70, 60, 130), (33, 40, 257)]:
         x = torch.randn(n, d, dtype=dtype) / d**0.5
         y = torch.randn(m, d, dtype=dtype) * 1.5 / d**0.5 + 0.2
-        for estimator in ("unbiased", "biased"):
-            value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator)
-            got, got_x, got_y = ops.value_grad(x, y, kind, parameters, estimator, "ieee")
-            assert abs(float(got) - float(value)) <= absolute, (n, m, d, estimator)
+        p, q = torch.rand(n).double() + 0.1, torch.rand(m).double() + 0.1
+        p, q = ((w / w.sum()).to(dtype) for w in (p, q))
+        for estimator, weighted in (("unbiased", False), ("biased", False), ("biased", True)):
+            given = (p, q, torch.ones(3, dtype=torch.float64)) if weighted else ()
+            value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator, *given[:2])
+            bound = absolute * max(1, abs(float(value)))
+            got, got_x, got_y = ops.value_grad(x, y, kind, parameters, estimator, "ieee", *given)
+            assert abs(float(got) - float(value)) <= bound, (n, m, d, estimator, weighted)
             for g, want in ((got_x, gx), (got_y, gy)):
-                assert (g.double() - want).norm() <= relative * want.norm(), (n, m, d, estimator)
-            one, one_x = ops.value_grad_x(x, y, kind, parameters, estimator, "ieee")
-            assert abs(float(one) - float(value)) <= absolute
-            assert (one_x.double() - gx).norm() <= relative * gx.norm()
-            assert abs(float(ops.value(x, y, kind, parameters, estimator, "ieee")) - float(value)) <= absolute
+                close(g, want, relative)
+            one, one_x = ops.value_grad_x(x, y, kind, parameters, estimator, "ieee", *given)
+            assert abs(float(one) - float(value)) <= bound
+            close(one_x, gx, relative)
+            assert abs(float(ops.value(x, y, kind, parameters, estimator, "ieee", *given)) - float(value)) <= bound
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    # The energy of very few points on a line has a gradient of zero.
+    assert (got.double() - want).norm() <= tolerance * (want.norm() + 0.01)
+
+
+def test_terms_and_coefficients(isa: str) -> None:
+    x, y = torch.randn(60, 5, dtype=torch.float64), torch.randn(45, 5, dtype=torch.float64)
+    for kind, parameters in (KERNELS["imq_pairs"], KERNELS["energy"], KERNELS["polynomial"]):
+        for estimator in ("unbiased", "biased"):
+            whole = ops.value_grad(x, y, kind, parameters, estimator, "ieee")
+            parts = [
+                ops.value_grad(x, y, kind, parameters, estimator, "ieee", None, None, None, terms)
+                for terms in (1, 2, 4)
+            ]
+            for got, want in zip(zip(*parts, strict=True), whole, strict=True):
+                torch.testing.assert_close(sum(got), want, rtol=1e-12, atol=1e-14)
+            assert not parts[0][2].any()
+            assert not parts[1][1].any()
+            with backend.force("reference"):
+                a = torch.tensor([0.3, 0.0, 2.0], dtype=torch.float64)
+                want = ops.value_grad(x, y, kind, parameters, estimator, "ieee", None, None, a, 5)
+            got = ops.value_grad(x, y, kind, parameters, estimator, "ieee", None, None, a, 5)
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_powers_over_their_whole_range(isa: str, dtype: torch.dtype) -> None:
+    # As below for the exponential: 2 − 2·(1 + u/2α)^−α.
+    y = torch.cat([torch.linspace(0, 3, 2001), torch.logspace(-3, 12, 800)]).to(dtype)
+    for alpha in (0.1, 0.5, 1.0, 20.0):
+        parameters = [1.0, alpha]
+        got = ops.value(
+            torch.zeros(len(y), 1, 1, dtype=dtype), y[:, None, None], "rational_quadratic", parameters, "biased", "ieee"
+        )
+        want = 2 - 2 * (1 + y.double().square() / (2 * alpha)) ** -alpha
+        assert ((got.double() - want).abs() <= (2 + alpha) * (3e-7 if dtype == torch.float32 else 6e-16)).all(), alpha
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_roots_over_their_whole_range(isa: str, dtype: torch.dtype) -> None:
+    y = torch.cat([torch.zeros(1), torch.logspace(-15, 15, 3001)]).to(dtype)
+    x = torch.zeros(len(y), 1, 1, dtype=dtype)
+    got, gx = ops.value_grad_x(x, y[:, None, None], "energy", [], "biased", "ieee")
+    want = 2 * y.double()
+    assert ((got.double() - want).abs() <= (3e-7 if dtype == torch.float32 else 1e-15) * want).all()
+    slope = torch.where(y > 0, -2.0, 0.0)
+    assert ((gx.flatten() - slope).abs() <= (1e-6 if dtype == torch.float32 else 1e-14)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

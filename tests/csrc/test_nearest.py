@@ -58,24 +58,23 @@ def test_masks(oracle, search):
         assert torch.equal(search(query, database, 2, mask), oracle.nearest(query, database, 2, mask)[1])
 
 
-def on_the_grid(query, database, steps=32700):  # nearest.cpp's STEPS
-    """Points in units of 2^-10 that the filter, told a norm of `steps` units by a row of its own, scales by 1024; the
-    database comes once with each sign, so that its centre is zero."""
-    database = torch.cat([database, -database, steps * torch.eye(query.shape[1])[:1] * torch.tensor([[1.0], [-1.0]])])
-    return query / 1024, database / 1024
-
-
 @pytest.mark.parametrize("k", [1, 2, 40, 150])
 def test_the_bound_is_needed_nearly_whole(oracle, search, k):
     """Rounding errors that all point one way, as Cauchy and Schwarz allow: the filter's keys favour the wrong rows by
     0.95 times the slack that the bound gives them."""
-    d, half = 16, 8175  # 16 · 8175² = 32700²
-    query = torch.full((30, d), 0.49)
-    query[:, 0] += 1e-3 * torch.arange(30)
-    right, wrong = torch.full((k, d), float(half)), torch.full((k, d), -float(half))
-    wrong[:, 1:] += 1
-    query, database = on_the_grid(query, torch.cat([right, wrong]))
-    assert torch.equal(search(query, database, k), oracle.nearest(query, database, k)[1])
+    d, steps, unit = 16, 32700, 2.0**-10  # nearest.cpp's STEPS: the largest norm in units of the integers' scale
+    query = torch.full((30, d), 0.49)  # rounds to zero: all rows of norm `steps` get one key
+    query[:, 0] -= 1e-4 * torch.arange(30)
+    right = torch.full((1, d), 8175.0)  # 16 · 8175² = 32700²
+    wrong = -right + torch.arange(d).ne(0).float()  # a little nearer to zero
+    axis = steps * torch.eye(d)[:1]
+    balance = -axis - torch.arange(d).ne(0).float()  # the centre is zero: everything lies on the grid
+    database = torch.cat([right, wrong, axis, balance]).repeat(k, 1)
+    assert not database.sum(0).any()
+    query, database = unit * query, unit * database
+    expected = oracle.nearest(query, database, k)[1]
+    assert torch.equal(expected, torch.arange(0, 4 * k, 4).expand(30, k))
+    assert torch.equal(search(query, database, k), expected)
 
 
 def test_the_slack_of_the_kth(oracle, search):

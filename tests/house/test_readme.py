@@ -1,5 +1,7 @@
 """Every snippet and command of the README runs."""
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -8,13 +10,19 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-SMALL = "--data=digits --latent_dim=6 --width=4 --layers=[block0] --glo_epochs=1 --hidden=16 --imle_epochs=1 --pool=2"
+# What a training is cut down to by a test, by model.
+SMALL = {
+    "glann": "--data=digits --latent_dim=6 --width=4 --layers=[block0] --glo_epochs=1 --hidden=16 --imle_epochs=1 "
+    "--pool=2",
+    "imle": "--hidden=16 --epochs=2 --refresh=1 --batch=16",
+}
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: re.findall(r"F\.\w+|nn\.\w+", s)[-1])
@@ -23,7 +31,7 @@ def test_snippet(snippet: str) -> None:
 
 
 def test_there_is_a_snippet_for_each_family() -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) >= 5
 
 
 def test_make_targets_exist() -> None:
@@ -45,18 +53,30 @@ def test_extras_exist() -> None:
 
 def test_fastgen_commands_in_order(tmp_path: Path) -> None:
     """As written, but on little data; in an empty folder, by the installed command's entry point."""
-    commands = [line for line in COMMANDS if line.startswith("fastgen ")]
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    commands = [line for line in COMMANDS if line.startswith(("fastgen ", "torchrun "))]
     assert len(commands) >= 4
     for line in commands:
-        words = shlex.split(line)[1:]
+        before, _, after = line.partition("fastgen.cli " if line.startswith("torchrun") else "fastgen ")
+        words = shlex.split(after)
         if words[0] == "train":
-            words = [w for w in words if w not in ("--data", "mnist5k")]
-            words += [*shlex.split(SMALL), "--trainer.enable_progress_bar=false"]
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fastgen.cli import main; sys.exit(main({words!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+            words = [w for w in words if w != "mnist5k" and (w != "--data" or "mnist5k" not in words)]
+            words += [*shlex.split(SMALL[words[1]]), "--trainer.enable_progress_bar=false"]
+        program = ["-m", "fastgen.cli"]
+        if before:
+            program = ["-m", "torch.distributed.run", "--standalone", *shlex.split(before)[1:], "fastgen.cli"]
+        done = subprocess.run(
+            [sys.executable, *program, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "digits.png").exists()
     assert (tmp_path / "runs" / "glann" / "report.md").exists()
+    assert (tmp_path / "runs" / "imle" / "samples.png").exists()
+    assert json.loads((tmp_path / "runs" / "imle-by-two" / "run.json").read_text())["processes"] == 2
 
 
 def test_pictures_exist() -> None:

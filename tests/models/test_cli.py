@@ -38,7 +38,7 @@ def test_train_evaluate_sample(run: Path, tmp_path: Path, capsys: pytest.Capture
     (run / "benchmark.json").write_text(json.dumps({"rows": rows, "machine": machine}))
     assert main(["evaluate", str(run)]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    keys = {"kid", "precision", "recall", "density", "coverage", "confident", "rarest_class"}
+    keys = {"kid", "precision", "recall", "density", "coverage", "two_sample", "confident", "rarest_class"}
     for who in ("real", "gaussian", "glann"):
         assert set(metrics[who]) == keys | {"spread"}
         for key in keys:
@@ -88,9 +88,9 @@ def test_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["fly"], "expected one of train, sample, evaluate, info, got 'fly'"),
+        (["fly"], "expected one of train, sample, evaluate, compare, info, got 'fly'"),
         (["train"], "expected a model first, one of glann"),
-        (["train", "gan"], "expected one of glann, got 'gan'"),
+        (["train", "gan"], "expected one of glann, deep-frame, generative-convnet, wframe"),
         (["train", "glann"], "expected --data"),
         (["train", "glann", "--data", "mnits"], "out"),
         (["train", "glann", "--data", "mnits", "--out", "{tmp}/new"], "expected one of mnist5k, digits"),

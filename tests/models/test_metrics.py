@@ -55,6 +55,34 @@ def test_same_points_and_far_points() -> None:
     assert metrics.manifold(x, x + 1000) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_two_sample_accuracy(k: int) -> None:
+    random = np.random.default_rng(k)
+    real, fake = (random.normal(m, 1, (60, 3)).astype(np.float32) for m in (0, 0.7))
+    fake[:9] = real[:9]  # ties with the other kind
+    both = np.concatenate([real, fake]).astype(float)
+    right = []
+    for i, point in enumerate(both):
+        others = [j for j in range(120) if j != i]
+        # The other kind first among equals.
+        others.sort(key=lambda j: (((both[j] - point) ** 2).sum(), (j < 60) == (i < 60)))
+        right.append(sum((j < 60) == (i < 60) for j in others[:k]) > k / 2)
+    got = metrics.two_sample(torch.from_numpy(real), torch.from_numpy(fake), k)
+    assert got.real == pytest.approx(np.mean(right[:60]))
+    assert got.fake == pytest.approx(np.mean(right[60:]))
+    assert got.accuracy == pytest.approx(np.mean(right))
+
+
+def test_two_sample_accuracy_of_copies_and_strangers() -> None:
+    x = torch.randn(50, 4)
+    assert metrics.two_sample(x, x.clone()) == (0, 0, 0)
+    assert metrics.two_sample(x, x + 100) == (1, 1, 1)
+    with pytest.raises(ValueError, match="k: expected an odd number, got 2"):
+        metrics.two_sample(x, x, 2)
+    with pytest.raises(ValueError, match="fake: expected as many points as real"):
+        metrics.two_sample(x, x[:9])
+
+
 def test_certainty() -> None:
     logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 9.0, 0], [0.1, 0, 0.2]])
     assert metrics.certainty(logits) == (0.75, 0.25)

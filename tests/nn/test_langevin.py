@@ -26,7 +26,7 @@ def test_is_the_loop_of_steps() -> None:
         (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf)
         x = F.langevin_step_(x, grad, step_size=0.1, seed=21, step=k, **options)  # type: ignore[arg-type]
         states.append(x.clone())
-    assert torch.equal(trajectory, torch.stack(states))
+    assert torch.equal(trajectory, torch.stack(states[1:], dim=1))
     assert torch.equal(sampler(start, seed=21), x)
     assert not x.requires_grad
 
@@ -94,8 +94,10 @@ def test_any_layout_dtype_and_no_steps() -> None:
         assert sampler(start.to(dtype), seed=1).dtype == dtype
     assert torch.equal(LangevinSampler(quadratic, step_size=0.1, n_steps=0)(start, seed=1), start)
     assert sampler(torch.zeros(0, 7), seed=1).shape == (0, 7)
-    assert sampler(torch.zeros(3, 7), seed=1, return_trajectory=True).shape == (3, 3, 7)
-    each = LangevinSampler(quadratic, step_size=torch.tensor([0.0, 0.1]), n_steps=1)(torch.ones(2, 3), seed=1)
+    assert sampler(torch.zeros(3, 7), seed=1, return_trajectory=True).shape == (3, 2, 7)
+    each = LangevinSampler(quadratic, step_size=torch.tensor([1e-9, 0.1]), noise_scale=torch.zeros(2), n_steps=1)(
+        torch.ones(2, 3), seed=1
+    )
     assert torch.equal(each[0], torch.ones(3))
     assert not torch.equal(each[1], torch.ones(3))
 
@@ -107,12 +109,12 @@ def test_a_bad_energy_is_named() -> None:
 
     start = torch.zeros(6, 2)
     start[3], start[5] = 2.5, 3.0  # energies 6.25 and 9
-    with pytest.raises(FloatingPointError, match=r"the energy at step 0 is not finite in chain 5$"):
+    with pytest.raises(FloatingPointError, match=r"the energy at step 0 is not finite in chain 5: nan$"):
         LangevinSampler(diverging, step_size=0.1, noise_scale=0.0, n_steps=3)(start)
     start[5] = 0
-    with pytest.raises(FloatingPointError, match=r"the energy at step 2 is not finite in chain 3$"):
+    with pytest.raises(FloatingPointError, match=r"the energy at step 2 is not finite in chain 3: nan$"):
         LangevinSampler(lambda x: diverging(x) - 2 * quadratic(x), step_size=0.1, noise_scale=0.0, n_steps=9)(start)
-    with pytest.raises(FloatingPointError, match=r"the energy at step 0 is not finite in chain 0 and 5 more$"):
+    with pytest.raises(FloatingPointError, match=r"the energy at step 0 is not finite in chain 0 and 5 more: inf$"):
         LangevinSampler(lambda x: quadratic(x) / 0, step_size=0.1, n_steps=3)(start + 1)
     with pytest.raises(
         FloatingPointError, match=r"the state after the last step, 1, is not finite in chain 0 and 5 more"
@@ -121,13 +123,9 @@ def test_a_bad_energy_is_named() -> None:
 
 
 def test_options() -> None:
-    with pytest.raises(NotImplementedError, match="method='mala' is not built yet; what works: 'ula'"):
-        LangevinSampler(quadratic, step_size=0.1, n_steps=1, method="mala")
-    with pytest.raises(NotImplementedError, match="cuda_graph=True is not built yet; what works: 'auto', False"):
-        LangevinSampler(quadratic, step_size=0.1, n_steps=1, cuda_graph=True)
     with pytest.raises(ValueError, match="method: expected one of 'ula', 'mala', got 'hmc'"):
         LangevinSampler(quadratic, step_size=0.1, n_steps=1, method="hmc")
-    with pytest.raises(ValueError, match="n_steps: expected an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match="n_steps: expected an integer >= 0 and <= 268435456, got -1"):
         LangevinSampler(quadratic, step_size=0.1, n_steps=-1)
     with pytest.raises(ValueError, match=r"prior_scale: expected a finite number > 0\.0"):
         LangevinSampler(quadratic, step_size=0.1, n_steps=1, prior_scale=-1)

@@ -1,0 +1,320 @@
+// Vector arithmetic and the kernels of mmd.inl. A kernel gives k and its slope from
+//   expanded, direct: u = ‖a − b‖²/base, w = −dk/du, expanded from norms or summed from the differences themselves (kernels
+//                     of d: where d is near zero an expanded d² has no digit right);
+//   inner:            u = ⟨a, b⟩/base, w = dk/du.
+// A pair that is none (padding, an excluded diagonal) comes as a u of at least ±`none`: k and w are zero there. Kernels
+// that do not vanish far away by themselves look for it.
+
+#define FASTGEN_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Lanes {
+    static constexpr int count = VEC_BYTES / sizeof(T);
+    using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef T V __attribute__((vector_size(VEC_BYTES)));
+    typedef T Half __attribute__((vector_size(VEC_BYTES / 2)));
+    typedef Int I __attribute__((vector_size(VEC_BYTES)));
+};
+
+template <class T>
+using Vec = typename Lanes<T>::V;
+
+template <class T>
+FASTGEN_INLINE Vec<T> splat(T s) {
+    return Vec<T>{} + s;
+}
+
+enum Metric { expanded, direct, inner };
+
+// Beyond any pair of points: −½‖z‖² of a point that is none, and from where on a pair is none.
+template <class T>
+constexpr T far = sizeof(T) == 4 ? T(1e35) : T(1e300);
+template <class T>
+constexpr T none = far<T> / 2;
+
+template <class T>
+FASTGEN_INLINE double lane_sum(Vec<T> v) {
+    typename Lanes<T>::Half low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    low += high;
+    T sum = 0;
+    for (int l = 0; l < Lanes<T>::count / 2; ++l) sum += low[l];
+    return double(sum);
+}
+
+// 1/x for x ≥ 1.
+template <class T>
+FASTGEN_INLINE Vec<T> reciprocal(Vec<T> x) {
+#if VEC_BYTES == 64
+    if constexpr (std::is_same_v<T, float>) {
+        // 14 bits and one Newton step: within one unit in the last place, at a third of a division's time.
+        const Vec<T> r = (Vec<T>)__builtin_ia32_rcp14ps512_mask((Vec<float>)x, Vec<float>{}, (unsigned short)-1);
+        return r + r * (T(1) - x * r);
+    }
+#endif
+    return T(1) / x;
+}
+
+// √x and 1/√x for x ≥ 0, with 0 for 1/√0.
+template <class T>
+FASTGEN_INLINE Vec<T> root(Vec<T> x, Vec<T>& inverse) {
+#if VEC_BYTES == 64
+    if constexpr (std::is_same_v<T, float>) {
+        const Vec<T> r = (Vec<T>)__builtin_ia32_rsqrt14ps512_mask((Vec<float>)x, Vec<float>{}, (unsigned short)-1);
+        const Vec<T> refined = r * (T(1.5) - x * T(0.5) * r * r);
+        inverse = x == T(0) ? Vec<T>{} : refined;
+        return x * inverse;
+    }
+#endif
+    Vec<T> d;
+    for (int l = 0; l < Lanes<T>::count; ++l) d[l] = std::sqrt(x[l]);
+    inverse = x == T(0) ? Vec<T>{} : T(1) / d;
+    return d;
+}
+
+// log(x) for x ≥ 1: x = 2^n m with m about 1, log m = 2 artanh((m − 1)/(m + 1)). Infinity and NaN give NaN.
+template <class T>
+FASTGEN_INLINE Vec<T> log_above_one(Vec<T> x) {
+    using I = typename Lanes<T>::I;
+    constexpr bool single = std::is_same_v<T, float>;
+    constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023, terms = single ? 5 : 11;
+    const I one = (I)splat<T>(T(1)), fraction = ((I{} + 1) << mantissa) - 1;
+    I n = ((I)x >> mantissa) - bias;
+    Vec<T> m = (Vec<T>)(((I)x & fraction) | one);
+    const I large = (I)(m > T(1.4142135623730951));
+    m = large ? m * T(0.5) : m;
+    n -= large;  // a true lane is −1
+    const Vec<T> s = (m - T(1)) / (m + T(1)), ss = s * s;
+    Vec<T> p = splat<T>(T(2) / T(2 * terms - 1));
+    for (int i = terms - 2; i >= 0; --i) p = p * ss + T(2) / T(2 * i + 1);
+    const Vec<T> exponent = __builtin_convertvector(n, Vec<T>);
+    return exponent * T(0.6931471805599453) + (s * p + (x - x));
+}
+
+// exp(x) for x ≤ 0: 2^n · e^r with |r| ≤ ½ ln 2 and Taylor's polynomial for e^r. NaN stays NaN, an underflow is 0.
+template <class T>
+FASTGEN_INLINE Vec<T> exp_negative(Vec<T> x) {
+    using I = typename Lanes<T>::I;
+    constexpr bool single = std::is_same_v<T, float>;
+    constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023, terms = single ? 7 : 13;
+    constexpr T magic = single ? T(12582912.0) : T(6755399441055744.0);  // 1.5 · 2^mantissa: adding it rounds
+    constexpr T ln2_high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+    constexpr T ln2_low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+    constexpr T least = single ? T(-87.0) : T(-708.0);
+    const Vec<T> shifted = x * T(1.4426950408889634) + magic;
+    const Vec<T> n = shifted - magic;
+    const Vec<T> r = (x - n * ln2_high) - n * ln2_low;
+    T factorial = 1;
+    T coefficient[terms + 1];
+    for (int i = 0; i <= terms; ++i) {
+        coefficient[i] = T(1) / factorial;
+        factorial *= T(i + 1);
+    }
+    Vec<T> p = splat<T>(coefficient[terms]);
+    for (int i = terms - 1; i >= 0; --i) p = p * r + coefficient[i];
+    const I exponent = ((I)shifted - (I)splat<T>(magic) + bias) << mantissa;
+    const Vec<T> e = p * (Vec<T>)exponent;
+    return x < least ? Vec<T>{} : e;
+}
+
+// The seven scales {s, 1} ∪ {1/s}, in pairs: with v = 1/(1 + u), z = v − v² and b = (1 − s)²/s,
+//   k = v + Σ_b (2v + bz)/(1 + bz),   −dk/du = v² (1 + 2R + (1 − 4z)S),   R = Σ 1/(1 + bz),   S = Σ b/(1 + bz)².
+// Every coefficient is positive and z ≤ ¼: right at any u. The three reciprocals of 1 + bz come out of one.
+template <class T>
+struct ImqPairs {
+    static constexpr Metric metric = expanded;
+    static constexpr bool vanishes = true;
+    T b1, b2, b3;
+    double base;
+
+    explicit ImqPairs(const std::vector<double>& p)
+        : b1(T(p.at(1))), b2(T(p.at(2))), b3(T(p.at(3))), base(p.at(0)) {}
+    double at_zero() const { return 7; }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        const Vec<T> v = reciprocal<T>(u + T(1));
+        const Vec<T> vv = v * v, z = v - vv;
+        const Vec<T> q1 = z * b1 + T(1), q2 = z * b2 + T(1), q3 = z * b3 + T(1);
+        const Vec<T> q12 = q1 * q2, r = reciprocal<T>(q12 * q3), r3 = r * q3;
+        const Vec<T> i1 = r3 * q2, i2 = r3 * q1, i3 = r * q12;
+        const Vec<T> g = (i1 + i2 + i3) * T(2) + T(1);
+        const Vec<T> j1 = i1 * b1, j2 = i2 * b2, j3 = i3 * b3;
+        if constexpr (slope) {
+            const Vec<T> s = j1 * i1 + j2 * i2 + j3 * i3;
+            w = vv * ((T(1) - z * T(4)) * s + g);
+        }
+        return v * g + z * (j1 + j2 + j3);
+    }
+};
+
+// Any scales: Σ q, q = 1/(1 + u·a), slope Σ a q², where a = base/c.
+template <class T>
+struct ImqSum {
+    static constexpr Metric metric = expanded;
+    static constexpr bool vanishes = true;
+    std::vector<T> a;
+    double base;
+
+    explicit ImqSum(const std::vector<double>& p) : base(p[p.size() / 2]) {
+        for (double c : p) a.push_back(T(base / c));
+    }
+    double at_zero() const { return double(a.size()); }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        Vec<T> k{}, total{};
+        for (const T factor : a) {
+            const Vec<T> q = reciprocal<T>(u * factor + T(1));
+            k += q;
+            if constexpr (slope) total += q * q * factor;
+        }
+        if constexpr (slope) w = total;
+        return k;
+    }
+};
+
+// Σ e^(−g u). A rate that is two or four times the one before takes its exponential from that one's by squaring, at most
+// four times in a row: each squaring doubles the relative error.
+template <class T>
+struct Rbf {
+    static constexpr Metric metric = expanded;
+    static constexpr bool vanishes = true;
+    std::vector<T> rate;
+    std::vector<int> squarings;
+    double base;
+
+    explicit Rbf(std::vector<double> p) {
+        std::sort(p.begin(), p.end());
+        base = 1 / p[p.size() / 2];
+        int row = 0;
+        for (size_t i = 0; i < p.size(); ++i) {
+            const double ratio = i == 0 ? 0 : p[i] / p[i - 1];
+            int steps = std::abs(ratio - 2) < 1e-12 ? 1 : std::abs(ratio - 4) < 1e-12 ? 2 : 0;
+            row = row + steps > 4 || steps == 0 ? 0 : row + steps;
+            squarings.push_back(row == 0 ? 0 : steps);
+            rate.push_back(T(p[i] * base));
+        }
+    }
+    double at_zero() const { return double(rate.size()); }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        Vec<T> k{}, total{}, e{};
+        for (size_t i = 0; i < rate.size(); ++i) {
+            const T g = rate[i];
+            const int steps = squarings[i];
+            if (steps == 0)
+                e = exp_negative<T>(u * -g);
+            else if (steps == 1)
+                e = e * e;
+            else
+                e = (e * e) * (e * e);
+            k += e;
+            if constexpr (slope) total += e * g;
+        }
+        if constexpr (slope) w = total;
+        return k;
+    }
+};
+
+// Σ e^(−g d), slope Σ g e^(−g d)/2d.
+template <class T>
+struct Laplacian {
+    static constexpr Metric metric = direct;
+    static constexpr bool vanishes = true;
+    std::vector<T> rate;
+    double base;
+
+    explicit Laplacian(const std::vector<double>& p) {
+        const double middle = p[p.size() / 2];
+        base = 1 / (middle * middle);
+        for (double g : p) rate.push_back(T(g / middle));
+    }
+    double at_zero() const { return double(rate.size()); }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        Vec<T> k{}, total{}, inverse;
+        const Vec<T> d = root<T>(u, inverse);
+        for (const T g : rate) {
+            const Vec<T> e = exp_negative<T>(d * -g);
+            k += e;
+            if constexpr (slope) total += e * g;
+        }
+        if constexpr (slope) w = total * inverse * T(0.5);
+        return k;
+    }
+};
+
+// −d, slope 1/2d.
+template <class T>
+struct Energy {
+    static constexpr Metric metric = direct;
+    static constexpr bool vanishes = false;
+    double base = 1;
+
+    explicit Energy(const std::vector<double>&) {}
+    double at_zero() const { return 0; }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        Vec<T> inverse;
+        const Vec<T> d = root<T>(u, inverse);
+        if constexpr (slope) w = u >= none<T> ? Vec<T>{} : inverse * T(0.5);
+        return u >= none<T> ? Vec<T>{} : -d;
+    }
+};
+
+// Σ (1 + u/α)^−α with base 2ℓ², slope Σ (1 + u/α)^−(α+1).
+template <class T>
+struct RationalQuadratic {
+    static constexpr Metric metric = expanded;
+    static constexpr bool vanishes = false;
+    std::vector<T> alpha, inverse;
+    double base;
+
+    explicit RationalQuadratic(const std::vector<double>& p) : base(2 * p.at(0) * p.at(0)) {
+        for (size_t i = 1; i < p.size(); ++i) {
+            alpha.push_back(T(p[i]));
+            inverse.push_back(T(1 / p[i]));
+        }
+    }
+    double at_zero() const { return double(alpha.size()); }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        Vec<T> k{}, total{};
+        for (size_t i = 0; i < alpha.size(); ++i) {
+            const Vec<T> t = u * inverse[i] + T(1);
+            const Vec<T> e = exp_negative<T>(log_above_one<T>(t) * -alpha[i]);
+            k += e;
+            if constexpr (slope) total += e * reciprocal<T>(t);
+        }
+        if constexpr (slope) w = u >= none<T> ? Vec<T>{} : total;
+        return u >= none<T> ? Vec<T>{} : k;
+    }
+};
+
+// (u + c)^p with base 1/γ.
+template <class T>
+struct Polynomial {
+    static constexpr Metric metric = inner;
+    static constexpr bool vanishes = false;
+    int degree;
+    T coef;
+    double base;
+
+    explicit Polynomial(const std::vector<double>& p) : degree(int(p.at(0))), coef(T(p.at(2))), base(1 / p.at(1)) {}
+    double at_zero() const { return 0; }
+
+    template <bool slope>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+        const Vec<T> v = u + coef;
+        Vec<T> power = splat<T>(T(1));
+        for (int i = 1; i < degree; ++i) power *= v;
+        if constexpr (slope) w = u <= -none<T> ? Vec<T>{} : power * T(degree);
+        return u <= -none<T> ? Vec<T>{} : power * v;
+    }
+};

@@ -1,0 +1,159 @@
+"""GLO as a model of its own: images drawn from a Gaussian fitted to the latents that were learned."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import check, data
+from fastgen.functional import laplacian_pyramid_loss
+from fastgen.models.glo import GLO, Decoder, initial_latents
+from fastgen.models.imle_pool import codes
+from fastgen.models.imle_space import LAYERS
+from fastgen.models.row_adam import project
+from fastgen.models.run import Run, generator, row_loader
+from fastgen.nn import PerceptualLoss
+
+
+class LaplacianLoss(nn.Module):
+    """GLO's own loss, [N]: the Laplacian pyramid's mean absolute differences and the mean squared pixel difference."""
+
+    def __init__(self, levels: int, pixel_weight: float) -> None:
+        super().__init__()
+        self.levels, self.pixel_weight = levels, pixel_weight
+
+    def target(self, images: Tensor, *, chunk: int | None = None) -> Tensor:
+        return images
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        loss = self.pixel_weight * (x - target).square().mean((1, 2, 3))
+        return loss + laplacian_pyramid_loss(x, target, levels=self.levels) if self.levels else loss
+
+
+class GLOModel(Decoder):
+    """Generative latent optimisation: a generator and a latent for each image, learned by reconstruction.
+
+    Images are drawn from a Gaussian with the mean and covariance of the latents, brought back to the sphere or ball.
+
+    Source: Bojanowski, Joulin, Lopez-Paz and Szlam, Optimizing the Latent Space of Generative Networks, ICML 2018.
+
+    Args:
+        latent_dim: size of a latent.
+        latent_init: "pca" (normalised principal-component scores, as the article) or "random".
+        latent_space: "sphere" holds latents at length 1, "ball" within it.
+        width: channels of the generator's last hidden layer.
+        loss: "laplacian" (the article's, with a pixel term), or "perceptual" (as GLANN's).
+        levels: of the Laplacian pyramid; None: as many as the images' sides allow, 3 at most.
+        trunk: the network of "perceptual".
+        layers: its layers that are compared; default three depths of EfficientNet-lite0, or of VGG16.
+        pixel_weight: of the pixels' own difference: squared beside "laplacian", absolute beside "perceptual".
+        epochs: passes over the images.
+        batch: images a step.
+        generator_lr: Adam's step size for the generator, at the start.
+        latent_lr: Adam's step size for the latents, at the start.
+        seed: of everything drawn in training.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 64,
+        latent_init: Literal["pca", "random"] = "pca",
+        latent_space: Literal["sphere", "ball"] = "sphere",
+        width: int = 16,
+        loss: Literal["laplacian", "perceptual"] = "laplacian",
+        levels: int | None = None,
+        trunk: str = "efficientnet-lite0",
+        layers: Sequence[str] | None = None,
+        pixel_weight: float = 1.0,
+        epochs: int = 45,
+        batch: int = 64,
+        generator_lr: float = 1e-3,
+        latent_lr: float = 1e-2,
+        seed: int = 0,
+    ) -> None:
+        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k != "self"}
+        for name in ("latent_dim", "width", "epochs"):
+            check.integer(name, self.arguments[name], least=1)
+        check.integer("batch", batch, least=2)  # BatchNorm has no statistics of one row
+        if levels is not None:
+            check.integer("levels", levels, least=0)
+        for name in ("generator_lr", "latent_lr"):
+            check.number(name, self.arguments[name], above=0)
+        check.number("pixel_weight", pixel_weight, least=0)
+        check.integer("seed", seed, least=0, most=2**31)
+        check.choice("latent_init", latent_init, ("pca", "random"))
+        check.choice("latent_space", latent_space, ("sphere", "ball"))
+        check.choice("loss", loss, ("laplacian", "perceptual"))
+
+    def fit(
+        self,
+        images: data.Images,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        trainer: dict[str, Any] | None = None,
+    ) -> "GLOModel":
+        """Train into the folder `out`, with a checkpoint each epoch; resume and trainer as `GLANN.fit`."""
+        a = self.arguments
+        loss = self._loss(images.shape)  # what it lacks is said before the folder is claimed
+        run = Run.start(out, {"model": "glo", "data": images.name, "arguments": a}, resume=resume)
+        with run.phase("glo"):
+            module = self._module(images.train, loss)
+            run.fit("glo", module, row_loader(len(images.train), a["batch"], a["seed"]), a["epochs"], trainer or {})
+        run.note_peak("train")
+        return self._take(module)
+
+    @classmethod
+    def load(cls, run: Run, images: data.Images) -> "GLOModel":
+        """The model of a finished run on the same data."""
+        model = cls(**run.record["arguments"])
+        module = model._module(images.train, None)
+        try:
+            module.load_state_dict(run.load("glo"))
+        except RuntimeError as error:
+            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        return model._take(module)
+
+    def _loss(self, shape: tuple[int, int, int]) -> nn.Module:
+        a = self.arguments
+        if a["loss"] == "laplacian":
+            most = min(shape[1:]).bit_length() - 1
+            levels = min(3, most) if a["levels"] is None else a["levels"]
+            if levels > most:
+                raise check.UserError(f"levels: expected at most {most} for images of {shape[1]}x{shape[2]}")
+            return LaplacianLoss(levels, a["pixel_weight"])
+        layers = a["layers"] or LAYERS.get(a["trunk"])
+        if layers is None:
+            raise check.UserError(f"layers: expected names of layers of {a['trunk']!r} to compare")
+        try:
+            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"])
+        except (ValueError, TypeError, OSError) as error:
+            raise check.UserError(str(error)) from None
+
+    def _module(self, images: Tensor, loss: nn.Module | None) -> GLO:
+        a = self.arguments
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"])
+            latent = initial_latents(images, a["latent_dim"], a["latent_init"], generator(a["seed"], 0, 2))
+            return GLO(
+                images, loss, latent, width=a["width"], generator_lr=a["generator_lr"], latent_lr=a["latent_lr"],
+                steps=a["epochs"] * (len(images) // min(a["batch"], len(images))), sphere_or_ball=a["latent_space"],
+            )  # fmt: skip
+
+    def _take(self, module: GLO) -> "GLOModel":
+        self.generator = module.generator.cpu().eval()
+        self.latent = module.latent.weight.detach().cpu()
+        return self
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
+        assert self.latent is not None, "fit or load first"
+        latent = self.latent.double()
+        mean = latent.mean(0)
+        # The root of the covariance, which may be singular.
+        value, vector = torch.linalg.eigh((latent - mean).T @ (latent - mean) / (len(latent) - 1))
+        noise = codes(torch.arange(n), latent.shape[1], seed).double()
+        drawn = mean + (noise * value.clamp_min(0).sqrt()) @ vector.T
+        return self.decode(project(drawn, self.arguments["latent_space"]).float())

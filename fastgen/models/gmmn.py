@@ -1,0 +1,257 @@
+"""Generative moment matching networks: a generator from noise, trained by MMD alone, in pixels or in codes."""
+
+import itertools
+import math
+import os
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from fastgen import check, data
+from fastgen.functional import RBF, median_squared_distance, mmd
+from fastgen.models.networks import in_batches
+from fastgen.models.run import Run, generator, row_loader
+
+NAME = "gmmn"
+LADDER = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the median squared distance: the Gaussians' 2·bandwidth²
+
+
+def layers(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them and a sigmoid at the end: numbers in (0, 1)."""
+    body = nn.Sequential()
+    for before, after in itertools.pairwise(widths):
+        linear = nn.Linear(before, after)
+        # Torch's own start shrinks the spread at every layer: the samples would begin as one point.
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        body += nn.Sequential(linear, nn.ReLU())
+    body[-1] = nn.Sigmoid()
+    return body
+
+
+class CodeTraining(LightningModule):
+    """An auto-encoder of flat images: least squared error from images that have lost a share of their pixels.
+
+    images: float32 [N, P] in [0, 1], held on the module's device
+    drop: the share of pixels set to 0 before encoding; the paper's dropout in the encoder, without which codes between
+        those of the data decode badly
+    """
+
+    def __init__(
+        self, images: Tensor, *, code_dim: int, hidden: int, drop: float, lr: float, steps: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.drop, self.lr, self.steps, self.seed = drop, lr, steps, seed
+        self.encoder = layers(images.shape[1], hidden, code_dim)
+        self.decoder = layers(code_dim, hidden, images.shape[1])
+        self._held = {"images": images}
+
+    def on_fit_start(self) -> None:
+        self._held["images"] = self._held["images"].to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = torch.optim.Adam(self.parameters(), self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
+        images = self._held["images"][rows]
+        random = generator(self.seed, self.current_epoch * 100_000 + batch_number, 5)
+        kept = (torch.rand(images.shape, generator=random) >= self.drop).to(self.device)
+        loss = (self.decoder(self.encoder(images * kept / (1 - self.drop))) - images).square().sum(1).mean()
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        return loss
+
+
+class MomentTraining(LightningModule):
+    """min over G of MMD(G(h), y), h uniform in [-1, 1]^noise_dim: the root of the biased MMD², as the paper has it.
+
+    target: float32 [N, D], the codes or pixels y that are to be matched, held on the module's device
+    """
+
+    def __init__(
+        self, target: Tensor, *, noise_dim: int, hidden: tuple[int, ...], lr: float, steps: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.noise_dim, self.lr, self.steps, self.seed = noise_dim, lr, steps, seed
+        self.body = layers(noise_dim, *hidden, target.shape[1])
+        median = float(median_squared_distance(target[:2000]))
+        if not median > 0:
+            raise check.UserError("data: expected images that differ: more than half of their distances are zero")
+        self.kernel = RBF(tuple(math.sqrt(scale * median / 2) for scale in LADDER))
+        self._held = {"target": target}
+
+    def on_fit_start(self) -> None:
+        self._held["target"] = self._held["target"].to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = torch.optim.Adam(self.parameters(), self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
+        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
+        random = generator(self.seed, self.current_epoch * 100_000 + batch_number, 6)
+        made = self.body(draw_noise(len(rows), self.noise_dim, random).to(self.device))
+        squared = mmd(made, self._held["target"][rows], kernel=self.kernel, estimator="biased")
+        loss = squared.clamp_min(1e-10).sqrt()  # the root's slope stays finite
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        return loss
+
+
+class GMMN:
+    """Generative moment matching network: x = G(h), or D(G(h)) through an auto-encoder's decoder D; h is uniform.
+
+    Source: Li, Swersky and Zemel, Generative Moment Matching Networks, ICML 2015 (also Dziugaite, Roy and Ghahramani,
+    UAI 2015, who found the same in pixels). What differs: Adam for gradient descent with momentum, the Gaussians'
+    bandwidths are a ladder about the data's median distance and not fixed numbers, and the auto-encoder is trained as a
+    whole, not layer by layer.
+
+    Args:
+        space: where moments are matched: "code" (of an auto-encoder trained first) or "data" (pixels).
+        noise_dim: size of the uniform noise.
+        hidden: widths of the generator's hidden layers.
+        epochs: passes over the training images by the generator.
+        batch: images, and as many samples, of each step: MMD's own noise falls with it.
+        lr: Adam's step size for the generator, at the start.
+        code_dim: size of a code.
+        code_hidden: width of the auto-encoder's hidden layer.
+        code_epochs: passes over the training images by the auto-encoder.
+        code_batch: images a step of the auto-encoder.
+        code_lr: Adam's step size for the auto-encoder, at the start.
+        drop: share of the pixels hidden from the auto-encoder in training.
+        seed: of everything drawn in training.
+    """
+
+    def __init__(
+        self,
+        space: Literal["code", "data"] = "code",
+        noise_dim: int = 10,
+        hidden: tuple[int, ...] = (64, 256, 256, 1024),
+        epochs: int = 150,
+        batch: int = 500,
+        lr: float = 1e-3,
+        code_dim: int = 32,
+        code_hidden: int = 512,
+        code_epochs: int = 60,
+        code_batch: int = 100,
+        code_lr: float = 1e-3,
+        drop: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        check.choice("space", space, ("code", "data"))
+        counts = {"noise_dim": noise_dim, "epochs": epochs, "batch": batch, "code_dim": code_dim}
+        counts |= {"code_hidden": code_hidden, "code_epochs": code_epochs, "code_batch": code_batch}
+        for name, count in counts.items():
+            check.integer(name, count, least=1)
+        for width in hidden:
+            check.integer("hidden", width, least=1)
+        check.number("lr", lr, above=0)
+        check.number("code_lr", code_lr, above=0)
+        check.number("drop", drop, least=0, most=0.9)
+        check.integer("seed", seed, least=0, most=2**31)
+        hidden = tuple(hidden)
+        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
+        self.code: CodeTraining | None = None
+        self.body: nn.Module | None = None
+        self.shape: tuple[int, int, int] = (0, 0, 0)
+        self.target = torch.empty(0)
+
+    def fit(
+        self,
+        images: data.Images,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        trainer: dict[str, Any] | None = None,
+    ) -> "GMMN":
+        """Train into the folder `out`: the auto-encoder where there is one, then the generator.
+
+        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was
+        trainer: more arguments for both stages' lightning.Trainer
+
+        Raises UserError where `out` holds another run, or one that was asked for differently.
+        """
+        run = Run.start(out, {"model": NAME, "data": images.name, "arguments": self.arguments}, resume=resume)
+        a, options, rows = self.arguments, trainer or {}, len(images.train)
+        code = None
+        if a["space"] == "code":
+            code = self._code(images)
+            with run.phase("autoencoder"):
+                run.fit("autoencoder", code, row_loader(rows, a["code_batch"], a["seed"]), a["code_epochs"], options)
+        training = self._moments(images, code)
+        with run.phase("gmmn"):
+            run.fit("gmmn", training, row_loader(rows, a["batch"], a["seed"] + 1), a["epochs"], options)
+        run.note_peak("train")
+        return self._take(training, code)
+
+    @classmethod
+    def load(cls, run: Run, images: data.Images) -> "GMMN":
+        """The model of a finished run on the same data."""
+        model = cls(**run.record["arguments"])
+        code = None
+        try:
+            if model.arguments["space"] == "code":
+                code = model._code(images)
+                code.load_state_dict(run.load("autoencoder"))
+            training = model._moments(images, code)
+            training.load_state_dict(run.load("gmmn"))
+        except RuntimeError as error:
+            raise check.UserError(f"{run.path}: its checkpoints do not fit its run.json: {error}") from None
+        return model._take(training, code)
+
+    def _code(self, images: data.Images) -> CodeTraining:
+        a = self.arguments
+        steps = a["code_epochs"] * (len(images.train) // min(a["code_batch"], len(images.train)))
+        shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"])
+            return CodeTraining(
+                images.train.flatten(1), **shape, drop=a["drop"], lr=a["code_lr"], steps=steps, seed=a["seed"]
+            )
+
+    def _moments(self, images: data.Images, code: CodeTraining | None) -> MomentTraining:
+        a = self.arguments
+        self.shape = images.shape
+        flat = images.train.flatten(1)
+        self.target = flat if code is None else in_batches(code.cpu().encoder, flat)
+        steps = a["epochs"] * (len(flat) // min(a["batch"], len(flat)))
+        shape = {"noise_dim": a["noise_dim"], "hidden": tuple(a["hidden"])}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"] + 1)
+            return MomentTraining(self.target, **shape, lr=a["lr"], steps=steps, seed=a["seed"])
+
+    def _take(self, training: MomentTraining, code: CodeTraining | None) -> "GMMN":
+        self.body, self.code = training.body.cpu().eval(), code
+        return self
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] of codes [N, code_dim], or of flat pixels."""
+        flat = code if self.code is None else in_batches(self.code.decoder, code)
+        return flat.unflatten(1, self.shape)
+
+    def sample(self, n: int, *, seed: int) -> Tensor:
+        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
+        assert self.body is not None, "fit or load first"
+        noise = draw_noise(n, self.arguments["noise_dim"], torch.Generator().manual_seed(seed))
+        return self.decode(in_batches(self.body, noise))
+
+    def reconstructions(self, images: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """`n` of the images and what the auto-encoder makes of them; none where there is none."""
+        if self.code is None:
+            return images[:0], images[:0]
+        some = images[:: max(1, len(images) // n)][:n]
+        return some, self.decode(in_batches(self.code.encoder, some.flatten(1)))
+
+    def interpolations(self, rows: int, steps: int) -> Tensor:
+        """Images [rows · steps, C, H, W] along straight lines between noises."""
+        assert self.body is not None, "fit or load first"
+        ends = draw_noise(2 * rows, self.arguments["noise_dim"], torch.Generator().manual_seed(0))
+        share = torch.linspace(0, 1, steps)[:, None]
+        return self.decode(in_batches(self.body, torch.lerp(ends[:rows, None], ends[rows:, None], share).flatten(0, 1)))
+
+
+def draw_noise(n: int, noise_dim: int, random: torch.Generator) -> Tensor:
+    """[n, noise_dim], uniform in [-1, 1]."""
+    return torch.rand(n, noise_dim, generator=random) * 2 - 1

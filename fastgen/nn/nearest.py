@@ -1,0 +1,171 @@
+"""Vector quantisation on exact nearest neighbours."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+from fastgen import check
+from fastgen.functional import nearest
+
+
+class Quantized(NamedTuple):
+    """`quantized` like x; `indices` int64 [...]; `loss` float32 []."""
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """x ↦ e_k, k = argmin_k ‖x − e_k‖², with the gradient of the identity: VQ-VAE's bottleneck.
+
+    Args:
+        dim: D, the size of a vector.
+        codebook_size: K, how many entries.
+        decay: of the running averages that the entries are; used without `learnable_codebook`.
+        eps: Laplace smoothing of the entries' counts.
+        commitment_weight: β of the commitment loss β·mean (x − sg(e))².
+        learnable_codebook: entries are learned by the gradient of mean (sg(x) − e)² in place of running averages.
+        threshold_ema_dead_code: in training, an entry whose running count is below this is replaced by a vector of the
+            batch; 0 replaces none.
+        accept_image_fmap: x is [B, D, H, W] and the vectors lie along dimension 1.
+        sync_codebook: averages are those of the vectors of all processes of torch.distributed; None: where there are
+            several. Their codebooks then stay equal.
+        seed: of the vectors that replace dead entries.
+
+    forward(x, freeze_codebook=False): x [..., D] float32, float64, bfloat16 or float16, finite (or [B, D, H, W]).
+
+    Returns: Quantized(quantized like x, indices [...] (or [B, H, W]), loss): in training the commitment loss, plus the
+        codebook's own where it is learnable; 0 in eval mode.
+
+    Raises: TypeError and ValueError naming the argument; ValueError for NaN or infinity in x.
+
+    Notes: Indices are exact, a tie goes to the lowest; no N×K matrix is made. The gradient of `quantized` goes to x as
+        it is (straight-through), that of the loss to x (and to a learnable codebook, whose rows' gradients are summed
+        in a fixed order). In training each call of an averaging codebook changes its buffers; double backward is that
+        of the identity.
+
+    Source: van den Oord, Vinyals and Kavukcuoglu, Neural Discrete Representation Learning, NeurIPS 2017, eq. 3 and
+        appendix A.1; names of arguments and results as lucidrains/vector-quantize-pytorch's `VectorQuantize`.
+    """
+
+    codebook: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+    calls: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        commitment_weight: float = 1.0,
+        learnable_codebook: bool = False,
+        threshold_ema_dead_code: float = 0.0,
+        accept_image_fmap: bool = False,
+        sync_codebook: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dim = check.integer("dim", dim, least=1)
+        self.codebook_size = check.integer("codebook_size", codebook_size, least=1)
+        self.decay = check.number("decay", decay, least=0, most=1)
+        self.eps = check.number("eps", eps, above=0)
+        self.commitment_weight = check.number("commitment_weight", commitment_weight, least=0)
+        self.threshold_ema_dead_code = check.number("threshold_ema_dead_code", threshold_ema_dead_code, least=0)
+        self.learnable_codebook, self.accept_image_fmap = learnable_codebook, accept_image_fmap
+        self.sync_codebook = sync_codebook
+        self.seed = check.integer("seed", seed, least=0, most=2**62)
+        if learnable_codebook and threshold_ema_dead_code > 0:
+            raise ValueError("threshold_ema_dead_code: counts are kept of an averaging codebook alone; expected 0")
+        entries = nn.init.kaiming_uniform_(torch.empty(codebook_size, dim))
+        if learnable_codebook:
+            self.codebook = nn.Parameter(entries)
+        else:
+            self.register_buffer("codebook", entries)
+            self.register_buffer("cluster_size", torch.ones(codebook_size))
+            self.register_buffer("embed_avg", entries.clone())
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, freeze_codebook: bool = False) -> Quantized:
+        check.tensor("x", x)
+        if self.accept_image_fmap:
+            if x.ndim != 4:
+                raise ValueError(f"x: expected [B, {self.dim}, H, W], got shape {list(x.shape)}")
+            x = x.movedim(1, -1)
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected vectors of {self.dim}, got shape {list(x.shape)}")
+        if x.device != self.codebook.device:
+            raise ValueError(f"x: expected the device of the codebook, {self.codebook.device}, got {x.device}")
+        # Half types are searched and averaged in float32, as under autocast.
+        flat = x.reshape(-1, self.dim).to(torch.promote_types(x.dtype, torch.float32))
+        indices = self._indices(flat)
+        entries = self.codebook.to(flat.dtype).index_select(0, indices)
+        loss = flat.new_zeros((), dtype=torch.float32)
+        if self.training:
+            loss = self.commitment_weight * tf.mse_loss(flat, entries.detach()).float()
+            if self.learnable_codebook:
+                loss = loss + tf.mse_loss(entries, flat.detach()).float()
+            elif not freeze_codebook:
+                self._average(flat.detach(), indices)
+        quantized = (flat + (entries - flat).detach()).to(x.dtype).view(x.shape)
+        if self.accept_image_fmap:
+            quantized = quantized.movedim(-1, 1)
+        return Quantized(quantized, indices.view(x.shape[:-1]), loss)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Entries [..., D] of `indices` int64 [...]; of [B, H, W] as [B, D, H, W] with accept_image_fmap."""
+        check.tensor("indices", indices, dtypes=(torch.int64,))
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= self.codebook_size):
+            raise ValueError(f"indices: expected 0 to {self.codebook_size - 1}, got others")
+        entries = self.codebook[indices]
+        return entries.movedim(-1, 1) if self.accept_image_fmap else entries
+
+    @torch.no_grad()
+    def _indices(self, flat: Tensor) -> Tensor:
+        if len(flat) == 0:
+            return torch.empty(0, dtype=torch.int64, device=flat.device)
+        return nearest(flat, self.codebook.detach().to(flat.dtype)).index[:, 0]
+
+    @torch.no_grad()
+    def _average(self, flat: Tensor, indices: Tensor) -> None:
+        """n ← γ n + (1 − γ)·count, s ← γ s + (1 − γ)·sum, e = s / n̂ with n̂ = (n + ε) Σn / (Σn + K ε)."""
+        keep = self.decay
+        count = indices.bincount(minlength=self.codebook_size).float()
+        total = torch.zeros_like(self.embed_avg, dtype=flat.dtype)
+        if flat.device.type == "cuda":  # index_add adds atomically there; index_put sorts first
+            total.index_put_((indices,), flat, accumulate=True)
+        else:
+            total.index_add_(0, indices, flat)
+        together = self.sync_codebook
+        if together is None:
+            together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if together:
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        self.cluster_size.mul_(keep).add_(count, alpha=1 - keep)
+        self.embed_avg.mul_(keep).add_(total.to(self.embed_avg.dtype), alpha=1 - keep)
+        sum_ = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) * (sum_ / (sum_ + self.codebook_size * self.eps))
+        self.codebook.copy_(self.embed_avg / smoothed[:, None])
+        if self.threshold_ema_dead_code > 0 and len(flat):
+            self._revive(flat, together)
+        self.calls += 1
+
+    def _revive(self, flat: Tensor, together: bool) -> None:
+        dead = self.cluster_size < self.threshold_ema_dead_code
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.calls))
+        drawn = torch.randint(len(flat), (self.codebook_size,), generator=random).to(flat.device)
+        new = flat[drawn].to(self.codebook.dtype)
+        if together:
+            dist.broadcast(new, src=0)
+        self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
+        # Its average starts as if it had been chosen just often enough.
+        size = self.threshold_ema_dead_code
+        self.cluster_size.copy_(torch.where(dead, size, self.cluster_size))
+        self.embed_avg.copy_(torch.where(dead[:, None], new * size, self.embed_avg))

@@ -1,0 +1,172 @@
+"""LPIPS's epilogue and plain feature distances: each map is read once on the way forward and once on the way back.
+
+A program holds a block of pixels with all their channels of both maps in registers, so that norms, sums and what is
+written come from one read. fastgen/reference/perceptual.py says what is computed. Launches set enable_fp_fusion=False:
+fused, x0·a0 − x1·a1 would keep the rounding of one product, and identical maps must give exactly 0.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastgen.kernels import launch
+from fastgen.kernels.aot import Spec
+
+OPTIONS = {"enable_fp_fusion": False}  # set, never inherited: Triton's default is changing
+
+
+@triton.jit
+def _scale(square, eps, INSIDE: tl.constexpr):
+    """Of Σf²: u = f·scale, and 1/r for the gradient. A sum that overflowed gives NaN, not a plausible 0."""
+    if INSIDE:
+        inverse = 1.0 / (tl.sqrt_rn(square + eps) + (square - square))
+        scale = inverse
+    else:
+        r = tl.where(square != 0, tl.sqrt_rn(square) + (square - square), 1.0)
+        inverse = 1.0 / r
+        scale = tl.where(square != 0, 1.0 / (r + eps), 0.0)
+    return scale, inverse
+
+
+@triton.jit
+def _offsets(pixels, channels, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sample, offset of its elements, offsets [BLOCK_P, BLOCK_C] within it and which of them there are."""
+    blocks = tl.cdiv(pixels, BLOCK_P)
+    n = tl.program_id(0) // blocks
+    p = (tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    mask = (p < pixels) & (c < channels)
+    at = p * channels + c if LAST else c * pixels + p
+    return n, n.to(tl.int64) * channels * pixels, at, mask
+
+
+@triton.jit
+def _lpips_value_kernel(
+    f0_ptr,  # [N, C, P] or (LAST) [N, P, C], of any float type
+    f1_ptr,
+    weight_ptr,  # [C] float32
+    partial_ptr,  # [N · blocks] float32
+    pixels,
+    channels,
+    eps,
+    INSIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    _, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
+    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[None, :]
+    a, _ = _scale(tl.sum(x0 * x0, 1), eps, INSIDE)
+    b, _ = _scale(tl.sum(x1 * x1, 1), eps, INSIDE)
+    d = x0 * a[:, None] - x1 * b[:, None]
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(d * d * w, 1), 0))
+
+
+@triton.jit
+def _lpips_grad_kernel(
+    f0_ptr,
+    f1_ptr,
+    weight_ptr,
+    grad_ptr,  # [N] float32
+    out0_ptr,  # like f0
+    out1_ptr,  # None, or like f1
+    pixels,
+    channels,
+    eps,
+    INSIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
+    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[None, :]
+    each = tl.load(grad_ptr + n) * (2.0 / pixels)
+    a, inverse0 = _scale(tl.sum(x0 * x0, 1), eps, INSIDE)
+    b, inverse1 = _scale(tl.sum(x1 * x1, 1), eps, INSIDE)
+    u = x0 * a[:, None]
+    v = x1 * b[:, None]
+    d = (u - v) * w
+    along = tl.sum(u * d, 1) * (inverse0 * each)
+    out = d * (a * each)[:, None] - u * along[:, None]
+    tl.store(out0_ptr + base + at, out.to(out0_ptr.dtype.element_ty), mask=mask)
+    if out1_ptr is not None:
+        along = tl.sum(v * d, 1) * (inverse1 * each)
+        out = v * along[:, None] - d * (b * each)[:, None]
+        tl.store(out1_ptr + base + at, out.to(out1_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _feature_kernel(
+    f0_ptr,  # [N, size], of any float type
+    f1_ptr,
+    grad_ptr,  # None for the value, or [N] float32
+    out_ptr,  # [N · blocks] float32 sums, or the gradient, like f0
+    size,
+    SQUARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK)
+    n = tl.program_id(0) // blocks
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    base = n.to(tl.int64) * size
+    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    d = x0 - x1
+    if grad_ptr is None:
+        d = d * d if SQUARED else tl.abs(d)
+        tl.store(out_ptr + tl.program_id(0), tl.sum(d, 0))
+    else:
+        each = tl.load(grad_ptr + n) / size
+        slope = d * 2.0 if SQUARED else tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # 0 at a tie, NaN at NaN
+        tl.store(out_ptr + base + at, (slope * each).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def aot_specs() -> list[Spec]:
+    """First float32 maps of 64 channels in planes; then every width of the three nets, dtype and layout."""
+    layers = [(64, 128 * 128), (128, 64 * 64), (192, 27 * 27), (256, 32 * 32), (384, 13 * 13), (512, 16 * 16)]
+    kinds = [("fp32", c, p, last) for last in (False, True) for c, p in layers]
+    kinds += [(kind, c, p, last) for kind in ("bf16", "fp16") for last in (False, True) for c, p in layers[::5]]
+    specs = []
+    for kind, channels, pixels, last in kinds:
+        blocks = launch.lpips_blocks(channels)
+        warps = blocks.pop("num_warps")
+        constexprs: dict[str, Any] = {"INSIDE": False, "LAST": last, **blocks}
+        types = dict.fromkeys(("f0_ptr", "f1_ptr", "out0_ptr", "out1_ptr"), f"*{kind}")
+        types |= dict.fromkeys(("weight_ptr", "grad_ptr", "partial_ptr"), "*fp32")
+        types |= {"pixels": "i32", "channels": "i32", "eps": "fp32", **dict.fromkeys(constexprs, "constexpr")}
+        divisible = tuple(name for name, v in (("pixels", pixels), ("channels", channels)) if v % 16 == 0)
+        for kernel, sides in ((_lpips_value_kernel, 0), (_lpips_grad_kernel, 1), (_lpips_grad_kernel, 2)):
+            signature = {name: types[name] for name in kernel.arg_names}
+            absent = {"out1_ptr": None} if sides == 1 else {}
+            name = f"{('value', 'grad', 'both')[sides]} {kind} C={channels} {'last' if last else 'planes'}"
+            specs.append(
+                Spec(
+                    name,
+                    kernel,
+                    {**signature, **dict.fromkeys(absent, "constexpr")},
+                    {**constexprs, **absent},
+                    warps,
+                    options=dict(OPTIONS),
+                    divisible=divisible,
+                )
+            )
+    for kind in ("fp32", "bf16", "fp16"):
+        for squared in (False, True):
+            for value in (True, False):
+                signature = {"f0_ptr": f"*{kind}", "f1_ptr": f"*{kind}", "grad_ptr": "constexpr" if value else "*fp32"}
+                signature |= {"out_ptr": "*fp32" if value else f"*{kind}", "size": "i32"}
+                signature |= {"SQUARED": "constexpr", "BLOCK": "constexpr"}
+                constexprs = {"SQUARED": squared, "BLOCK": launch.FEATURE_BLOCK}
+                constexprs |= {"grad_ptr": None} if value else {}
+                name = f"{'l2' if squared else 'l1'} {'value' if value else 'grad'} {kind}"
+                specs.append(
+                    Spec(name, _feature_kernel, signature, constexprs, options=dict(OPTIONS), divisible=("size",))
+                )
+    return specs

@@ -1,0 +1,206 @@
+"""The vector quantiser against a naive float64 one."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import nn
+
+
+def naive_indices(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    return ((x[:, None] - codebook[None]) ** 2).sum(2).argmin(1)
+
+
+class Naive:
+    """Row by row, in float64, as the paper's appendix has it."""
+
+    def __init__(self, codebook: Tensor, decay: float, eps: float) -> None:
+        self.codebook, self.decay, self.eps = codebook.double().numpy().copy(), decay, eps
+        self.count, self.sum = np.ones(len(codebook)), self.codebook.copy()
+
+    def step(self, x: np.ndarray) -> np.ndarray:
+        chosen = naive_indices(x, self.codebook)
+        for k in range(len(self.codebook)):
+            mine = x[chosen == k]
+            self.count[k] = self.decay * self.count[k] + (1 - self.decay) * len(mine)
+            self.sum[k] = self.decay * self.sum[k] + (1 - self.decay) * mine.sum(0)
+        total, size = self.count.sum(), len(self.codebook)
+        for k in range(size):
+            self.codebook[k] = self.sum[k] / ((self.count[k] + self.eps) / (total + size * self.eps) * total)
+        return chosen
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (37, 3, 7), (211, 16, 64)])
+def test_averaging_codebook(n: int, d: int, k: int) -> None:
+    layer = nn.VectorQuantizer(d, k, decay=0.7, eps=1e-3, commitment_weight=0.25)
+    naive = Naive(layer.codebook, 0.7, 1e-3)
+    for _ in range(4):
+        x = torch.randn(n, d, requires_grad=True)
+        before = naive.codebook.copy()
+        out = layer(x)
+        wide = x.detach().double().numpy()
+        chosen = naive.step(wide)
+        assert out.indices.tolist() == chosen.tolist()
+        np.testing.assert_allclose(out.quantized.detach().numpy(), before[chosen], rtol=1e-5, atol=1e-6)
+        assert float(out.loss.detach()) == pytest.approx(0.25 * ((wide - before[chosen]) ** 2).mean(), rel=1e-5)
+        weight = torch.randn(n, d)
+        ((out.quantized * weight).sum() + out.loss).backward()
+        expected = weight.double().numpy() + 0.25 * 2 * (wide - before[chosen]) / wide.size
+        assert x.grad is not None
+        np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(layer.codebook.numpy(), naive.codebook, rtol=1e-4, atol=1e-5)
+
+
+def test_learnable_codebook() -> None:
+    layer = nn.VectorQuantizer(5, 9, learnable_codebook=True, commitment_weight=0.5)
+    assert [name for name, _ in layer.named_parameters()] == ["codebook"]
+    x = torch.randn(4, 6, 5, requires_grad=True)
+    out = layer(x)
+    assert out.indices.shape == (4, 6)
+    out.loss.backward()
+    flat, entries = x.detach().double().flatten(0, 1).numpy(), layer.codebook.detach().double().numpy()
+    chosen = naive_indices(flat, entries)
+    assert out.indices.flatten().tolist() == chosen.tolist()
+    expected = np.zeros_like(entries)
+    for row, k in zip(flat, chosen, strict=True):
+        expected[k] += 2 * (entries[k] - row) / flat.size
+    assert layer.codebook.grad is not None
+    np.testing.assert_allclose(layer.codebook.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert x.grad is not None
+    np.testing.assert_allclose(
+        x.grad.flatten(0, 1).numpy(), 0.5 * 2 * (flat - entries[chosen]) / flat.size, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_eval_mode_and_freeze_change_nothing() -> None:
+    layer = nn.VectorQuantizer(3, 8)
+    x = torch.randn(20, 3)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(x, freeze_codebook=True)
+    assert layer.eval()(x).loss == 0
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    layer.train()(x)
+    assert not torch.equal(layer.codebook, before["codebook"])
+
+
+def test_maps_and_layouts() -> None:
+    layer = nn.VectorQuantizer(4, 10, accept_image_fmap=True).eval()
+    x = torch.randn(2, 4, 3, 5)
+    out = layer(x)
+    assert out.quantized.shape == x.shape
+    assert out.indices.shape == (2, 3, 5)
+    flat = x.movedim(1, -1).reshape(-1, 4).double().numpy()
+    assert out.indices.flatten().tolist() == naive_indices(flat, layer.codebook.double().numpy()).tolist()
+    torch.testing.assert_close(layer.get_output_from_indices(out.indices), out.quantized)
+    other = layer(x.to(memory_format=torch.channels_last))
+    assert torch.equal(other.indices, out.indices)
+    assert layer(x[:0]).indices.shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    layer = nn.VectorQuantizer(6, 12)
+    x = torch.randn(30, 6).to(dtype)
+    expected = naive_indices(x.double().numpy(), layer.codebook.double().numpy())
+    out = layer(x)
+    assert out.quantized.dtype == dtype
+    assert out.loss.dtype == torch.float32
+    assert out.indices.tolist() == expected.tolist()
+    assert layer.codebook.dtype == torch.float32
+
+
+def test_a_tie_goes_to_the_lowest() -> None:
+    layer = nn.VectorQuantizer(2, 3).eval()
+    layer.codebook.copy_(torch.tensor([[5.0, 5], [1, 0], [-1, 0]]))
+    assert layer(torch.tensor([[0.0, 3.0]])).indices.tolist() == [1]
+
+
+def test_dead_entries_are_replaced_by_vectors_of_the_batch() -> None:
+    layer = nn.VectorQuantizer(2, 4, decay=0.5, threshold_ema_dead_code=0.6)
+    layer.codebook.copy_(torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100]]))
+    layer.embed_avg.copy_(layer.codebook)
+    x = torch.randn(50, 2)
+    layer(x)  # counts of the far ones fall to 0.5
+    assert (layer.codebook[1:, None] == x).all(2).any(1).all()
+    torch.testing.assert_close(layer.cluster_size, torch.tensor([25.5, 0.6, 0.6, 0.6]))
+    torch.testing.assert_close(layer.embed_avg[1:], layer.codebook[1:] * 0.6)
+    assert not (layer.codebook[0] == x).all(1).any()
+    again = nn.VectorQuantizer(2, 4, decay=0.5, threshold_ema_dead_code=0.6)
+    again.load_state_dict(layer.state_dict())
+    y = torch.randn(9, 2)
+    for one, two in zip(layer(y), again(y), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(layer.codebook, again.codebook)
+
+
+def test_straight_through_twice() -> None:
+    layer = nn.VectorQuantizer(3, 5).double().eval()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad((layer(x).quantized ** 2).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 2 * layer(x).quantized)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, torch.full_like(x, 2.0))
+
+
+APART = """
+import sys, torch, torch.distributed as dist
+from fastgen import nn
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=2)
+layer = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=0.85)
+layer.load_state_dict(torch.load({out!r} + "/start.pt"))
+for x in torch.load({out!r} + "/x.pt")[:, {rank}]:
+    layer(x)
+torch.save(layer.state_dict(), {out!r} + "/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_average_together(tmp_path: Path) -> None:
+    """As one process with both batches, and dead entries replaced by the same vectors on both."""
+    layer = nn.VectorQuantizer(3, 6)
+    torch.save({**layer.state_dict()}, tmp_path / "start.pt")
+    x = torch.randn(3, 2, 20, 3)
+    torch.save(x, tmp_path / "x.pt")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgen.nn"])
+    code = [APART.format(out=str(tmp_path), rank=rank) for rank in (0, 1)]
+    children = [context.Process(target=exec, args=(c, {"__name__": "child"})) for c in code]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(100)
+        child.kill()
+        assert child.exitcode == 0
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=0.85)
+    alone.load_state_dict(torch.load(tmp_path / "start.pt"))
+    alone(x[0].flatten(0, 1))
+    assert (alone.cluster_size > 0.85).all()  # none is dead in this step, so that the two can be compared
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+    for step in x[1:]:
+        alone(step.flatten(0, 1))
+    torch.testing.assert_close(one["cluster_size"], alone.cluster_size)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: nn.VectorQuantizer(0, 4), "dim: expected"),
+        (lambda: nn.VectorQuantizer(3, 4, decay=1.5), "decay: expected"),
+        (lambda: nn.VectorQuantizer(3, 4)(torch.randn(2, 5)), r"x: expected vectors of 3, got shape \[2, 5\]"),
+        (lambda: nn.VectorQuantizer(3, 4, accept_image_fmap=True)(torch.randn(2, 3)), r"x: expected \[B, 3, H, W\]"),
+        (lambda: nn.VectorQuantizer(3, 4)(torch.full((2, 3), torch.nan)), "query"),
+        (lambda: nn.VectorQuantizer(3, 4).get_output_from_indices(torch.tensor([4])), "indices: expected 0 to 3"),
+        (lambda: nn.VectorQuantizer(3, 4, learnable_codebook=True, threshold_ema_dead_code=2), "threshold_ema"),
+    ],
+)
+def test_bad_input_is_named(make: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()  # type: ignore[operator]
