@@ -274,8 +274,17 @@ def _lpips_work(net: str, batch: int, pixels: int) -> Work:
         series=f"LPIPS-{net}",
         size={"N": batch * pixels**2},
         operations=_operations(net, batch, pixels),
-        moved=4.0 * (2 * sum(v.numel() for v in trunk_state(net).values()) + 3 * batch * 3 * pixels**2),
+        moved=4.0 * (2 * _parameters(net) + 3 * batch * 3 * pixels**2),  # the weights each way, both images, a gradient
     )
+
+
+def _parameters(net: str) -> int:
+    channels, total = 3, 0
+    for layer in NETS[net]:
+        if layer != "pool":
+            total += layer[0] * (channels * layer[1] ** 2 + 1)
+            channels = layer[0]
+    return total
 
 
 def _operations(net: str, batch: int, pixels: int) -> float:

@@ -138,14 +138,15 @@ def curves(rows: list[Row], cost: str, file: Path) -> bool:
                 zorder=3 if own else 2,
             )
             seen.setdefault(provider, line)
-        axis.set(xscale="log", yscale="log")
+        axis.set_xscale("log")
+        axis.set_yscale("log", base=10 if cost == "seconds" else 2)
         axis.set_title(f"{family}: {series}" + (f", D = {d}" if d else ""), fontsize=9)
         axis.set_xlabel({"langevin": "elements", "perceptual": "pixels"}.get(family, "N = M points"), fontsize=8)
         axis.grid(alpha=0.3, which="both")
         said = seconds_text if cost == "seconds" else results.bytes_text
         axis.yaxis.set_major_formatter(lambda v, _, said=said: said(v))
         low, high = axis.get_ylim()
-        if high < 30 * low:  # few decades have few names
+        if cost == "seconds" and high < 30 * low:  # few decades have few names
             axis.yaxis.set_minor_formatter(lambda v, _, said=said: said(v) if f"{v:e}"[0] in "25" else "")
         else:
             axis.yaxis.set_minor_formatter(lambda v, _: "")
