@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastgen.kernels import tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
@@ -20,6 +21,8 @@ def mmd_fits(x: Tensor) -> bool:
 
 def mmd_blocks(kernel: str, dp: int) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of `_mmd_grad_kernel` ("grad") or `_mmd_value_kernel` ("value")."""
+    if (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
+        return {"BLOCK_M": MMD_ROWS, **found}
     columns = 32 if kernel == "grad" or dp > 64 else 64
     return {"BLOCK_M": MMD_ROWS, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
@@ -168,7 +171,8 @@ def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
     Long chains are cut into blocks of which at most an eighth may lie beyond the chain's end; else programs run over
     the chains' groups one after the other, at the price of a division for each group. `whole`: within one chain always,
     for sums over it."""
-    for groups in (512, 256, 128):
+    found = tuned.find("langevin", "groups")
+    for groups in found["largest_first"] if found is not None else (512, 256, 128):
         padded = -(-elements // (4 * groups)) * 4 * groups
         if padded * 8 <= elements * 9:
             return groups, True
