@@ -43,22 +43,20 @@ check: build
 check-kernels: build
 	$(BIN)/python -m fastgen.kernels.aot --all
 
+# Everything, then report.md with its pictures; the peers come with the extra `bench`.
+BENCH ?= runs/bench
 bench: build
-	$(BIN)/python -m benchmarks all --out $(RESULTS)/cpu.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m benchmarks all --out $(BENCH)/cpu.json
+	$(BIN)/python -m benchmarks largest --out $(BENCH)/cpu.json
+	$(BIN)/python -m benchmarks report $(BENCH)/cpu.json
 
 # On a machine with a GPU, in place and without installing: python3 there has torch, triton, numpy and pybind11.
 gpu: gpu-$(STAGE)
 
 .PHONY: gpu-test gpu-bench gpu-tune gpu-profile
-gpu-test:
-	mkdir -p $(RESULTS)
-	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -m gpu --junitxml $(RESULTS)/gpu-test.xml
-
-gpu-bench:
-	$(PYTHON) -m benchmarks all --device cuda --out $(RESULTS)/gpu.json
-
-gpu-tune gpu-profile:
-	@echo "make gpu STAGE=$(STAGE): not built yet; test and bench are" >&2; exit 2
+gpu-test gpu-bench gpu-tune gpu-profile: gpu-%:
+	$(PYTHON) -m benchmarks gpu $* --results $(RESULTS)
 
 clean:
 	rm -rf build dist *.egg-info fastgen/_C*.so $(VENV)/installed

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import sys
+import time
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def measure(argv: list[str]) -> int:
     parser.add_argument("--provider", action="append", help="only this one, and again for another")
     parser.add_argument("--work", action="append", metavar="TEXT", help="only works whose names have it, and again")
     parser.add_argument("--base", metavar="GIT_REF", help="measure that ref's fastgen beside ours")
-    parser.add_argument("--patience", type=float, default=6.0, help="seconds that one call may take (default 6)")
+    parser.add_argument("--patience", type=float, help="seconds that one call may take (default 6, of --huge no end)")
+    parser.add_argument("--seconds", type=float, help="stop after so many, between two works; --resume goes on")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--out", metavar="FILE.json", help="written as the rows come")
     parser.add_argument("--resume", action="store_true", help="leave out the works that FILE.json has already")
@@ -71,6 +73,7 @@ def measure(argv: list[str]) -> int:
         parser.error("--device cuda: torch finds no CUDA device here")
     if arguments.resume and not arguments.out:
         parser.error("--resume: expected --out FILE.json with it")
+    started = time.monotonic()
     device = torch.device(arguments.device)
     scale = "demo" if arguments.what == "demo" else "quick" if arguments.quick else "huge" if arguments.huge else "full"
     families = FAMILIES if arguments.what in ("all", "demo") else (arguments.what,)
@@ -88,7 +91,9 @@ def measure(argv: list[str]) -> int:
         if arguments.resume:
             earlier = results.load(arguments.out)
             same = all(earlier["machine"].get(k) == content["machine"][k] for k in ("device", "commit", "torch"))
-            content["rows"] = earlier["rows"] if same and earlier.get("scale") == scale else []
+            if same:  # the stages of `make gpu` keep what they found in the same file
+                content |= {k: v for k, v in earlier.items() if k not in ("machine", "scale", "rows")}
+            content["rows"] = earlier["rows"] if same and earlier.get("scale", scale) == scale else []
     content["machine"]["limits"] = limits = machine.limits(device, quick=scale in ("demo", "quick"))
     done = {(row["family"], row["work"]) for row in content["rows"]}
     with contextlib.ExitStack() as stack:
@@ -96,7 +101,7 @@ def measure(argv: list[str]) -> int:
             device,
             rounds=ROUNDS[scale],
             at_least=0.02 if scale == "demo" else 0.05,
-            patience=float("inf") if scale == "huge" else arguments.patience,
+            patience=arguments.patience or (float("inf") if scale == "huge" else 6.0),
             limits=limits,
             rows=content["rows"],
         )
@@ -119,6 +124,9 @@ def measure(argv: list[str]) -> int:
         for work in chosen:
             if (work.family, work.name) in done:
                 continue
+            if arguments.seconds and time.monotonic() - started > arguments.seconds:
+                print(f"out of time before {work.family}: {work.name}; --resume goes on", file=sys.stderr)
+                break
             print(f"{work.family}: {work.name}", end="", file=sys.stderr, flush=True)
             rows = run.measure(work, arguments.provider)
             best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)

@@ -69,6 +69,7 @@ def _step(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Work:
         error=distribution_error,
         series=what,
         size={"N": elements},
+        operations=8.0 * elements if kind == "step" else 0.0,  # prior, drift, the noise's share, clamp; not its making
         moved=float(elements * width * (3 if kind == "step" else 1)),
     )
 

@@ -55,10 +55,6 @@ def name_of(device: torch.device) -> str:
     return name
 
 
-def slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
 def commit() -> str | None:
     """The short hash, with + where sources differ from it; None outside a checkout."""
     command = ["git", "-C", str(ROOT)]

@@ -37,7 +37,7 @@ GRID["huge"] = [
 ]
 GAUSSIAN = {"demo": [], "quick": [(1024, 1024, 64, 2)], "full": [(n, n, 64, 2) for n in (100, 1000, 4096)]}
 GAUSSIAN["huge"] = [*GAUSSIAN["full"], *((n, n, d, 2) for n in (10_000, 100_000) for d in (3, 64))]
-SIDES = {1: "one gradient", 2: "both gradients"}
+SIDES = {0: "value alone", 1: "one gradient", 2: "both gradients"}
 WHOLE = 12_000  # points of a sample up to which the oracle makes the value
 ROWS = 256  # of each gradient that the oracle makes
 Inputs = tuple[Tensor, Tensor]
@@ -107,7 +107,7 @@ def operations(n: int, m: int, d: int, sides: int, terms: int) -> float:
 
 def gaussian(n: int, m: int, d: int, sides: int, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, d, generator=generator).to(device).requires_grad_()
+    x = torch.randn(n, d, generator=generator).to(device).requires_grad_(sides > 0)
     y = (torch.randn(m, d, generator=generator) + 0.3).to(device).requires_grad_(sides == 2)
     return x, y
 
@@ -204,6 +204,8 @@ def _with_gradients(function: Callable[[Tensor, Tensor], Tensor], inputs: Inputs
 
     def run() -> tuple[Tensor, ...]:
         value = function(*inputs)
+        if not wanted:
+            return (value,)
         return value.detach(), *torch.autograd.grad(value, wanted)
 
     return run

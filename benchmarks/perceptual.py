@@ -96,6 +96,7 @@ def _epilogue_work(batch: int, pixels: int, last: bool, compiled: bool = True) -
         tolerance=1e-4,
         series=f"LPIPS from VGG features, {layout}",
         size={"N": batch * pixels**2},
+        operations=18.0 * elements,  # two norms and quotients, difference, square, weight, sum; half of it again back
         moved=4.0 * 3 * elements,  # both read, one gradient written
     )
 
@@ -273,7 +274,17 @@ def _lpips_work(net: str, batch: int, pixels: int) -> Work:
         series=f"LPIPS-{net}",
         size={"N": batch * pixels**2},
         operations=_operations(net, batch, pixels),
+        moved=4.0 * (2 * _parameters(net) + 3 * batch * 3 * pixels**2),  # the weights each way, both images, a gradient
     )
+
+
+def _parameters(net: str) -> int:
+    channels, total = 3, 0
+    for layer in NETS[net]:
+        if layer != "pool":
+            total += layer[0] * (channels * layer[1] ** 2 + 1)
+            channels = layer[0]
+    return total
 
 
 def _operations(net: str, batch: int, pixels: int) -> float:

@@ -138,11 +138,18 @@ def curves(rows: list[Row], cost: str, file: Path) -> bool:
                 zorder=3 if own else 2,
             )
             seen.setdefault(provider, line)
-        axis.set(xscale="log", yscale="log")
+        axis.set_xscale("log")
+        axis.set_yscale("log", base=10 if cost == "seconds" else 2)
         axis.set_title(f"{family}: {series}" + (f", D = {d}" if d else ""), fontsize=9)
         axis.set_xlabel({"langevin": "elements", "perceptual": "pixels"}.get(family, "N = M points"), fontsize=8)
         axis.grid(alpha=0.3, which="both")
-        axis.yaxis.set_major_formatter(lambda v, _: seconds_text(v) if cost == "seconds" else results.bytes_text(v))
+        said = seconds_text if cost == "seconds" else results.bytes_text
+        axis.yaxis.set_major_formatter(lambda v, _, said=said: said(v))
+        low, high = axis.get_ylim()
+        if cost == "seconds" and high < 30 * low:  # few decades have few names
+            axis.yaxis.set_minor_formatter(lambda v, _, said=said: said(v) if f"{v:e}"[0] in "25" else "")
+        else:
+            axis.yaxis.set_minor_formatter(lambda v, _: "")
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.suptitle(
@@ -160,7 +167,7 @@ def roofline(content: dict[str, Any], file: Path) -> bool:
     """Operations a second over operations a byte, both of the least that the work asks for, under the measured roof."""
     limits = content["machine"].get("limits", {})
     points = [r for r in content["rows"] if "seconds" in r and r["operations"] and r["moved"]]
-    flat = max((v for k, v in limits.items() if k != "copy"), default=0)
+    kind, flat = max(((k, v) for k, v in limits.items() if k != "copy"), key=lambda kv: kv[1], default=("", 0.0))
     if not points or not flat or "copy" not in limits:
         return False
     plt = _pyplot()
@@ -168,8 +175,8 @@ def roofline(content: dict[str, Any], file: Path) -> bool:
     least, most = (f(r["operations"] / r["moved"] for r in points) for f in (min, max))
     edges = [min(least / 3, flat / limits["copy"] / 3), flat / limits["copy"], max(most * 3, flat / limits["copy"] * 3)]
     axis.plot(edges, [edges[0] * limits["copy"], flat, flat], color="black", linewidth=2)
-    axis.text(edges[2], flat * 1.1, f"matrix product, {flat / 1e9:.0f} GFLOP/s", ha="right", fontsize=8)
-    axis.text(edges[0] * 1.1, edges[0] * limits["copy"] * 1.6, f"copy, {limits['copy'] / 1e9:.0f} GB/s", fontsize=8)
+    axis.text(edges[2], flat * 1.1, f"{kind} matrix product, {flat / 1e9:.0f} GFLOP/s", ha="right", fontsize=8)
+    axis.text(edges[0], edges[0] * limits["copy"] * 0.6, f"copy, {limits['copy'] / 1e9:.0f} GB/s", fontsize=8)
     seen: dict[str, Any] = {}
     for row in points:
         own = results.ours(row["provider"])

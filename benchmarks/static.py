@@ -180,7 +180,7 @@ def table(found: list[dict[str, Any]]) -> str:
             if column == "HGMMA":  # one of them serves four warps: a whole number a warp says more than a fraction
                 cells.append(str(counts["HGMMA"]))
                 continue
-            opcodes = UNITS["fp32"] if column == "FFMA+" else (column,)
+            opcodes = {"FFMA+": UNITS["fp32"], "LDG": ("LDG", "LDGSTS")}.get(column, (column,))
             cells.append(f"{sum(counts[o] for o in opcodes) * lanes:.3g}")
         per = row["elements"] or 1
         order = sorted(row["cycles"], key=lambda unit: -row["cycles"][unit])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastgen.kernels import tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
@@ -20,6 +21,8 @@ def mmd_fits(x: Tensor) -> bool:
 
 def mmd_blocks(kernel: str, dp: int) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of `_mmd_grad_kernel` ("grad") or `_mmd_value_kernel` ("value")."""
+    if (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
+        return {"BLOCK_M": MMD_ROWS, **found}
     columns = 32 if kernel == "grad" or dp > 64 else 64
     return {"BLOCK_M": MMD_ROWS, "BLOCK_N": columns, "num_warps": 8, "num_stages": 2}
 
@@ -30,6 +33,9 @@ def mmd_parameters(
     """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
     if kind == "imq" and pairs is not None:
         return "imq_pairs", pairs[0], pairs[1:], 1.0
+    if kind == "rational_quadratic":
+        lengthscale, *alphas = parameters
+        return kind, 2 * lengthscale**2, (*alphas, *(1 / a for a in alphas)), 1.0
     middle = sorted(parameters)[len(parameters) // 2]
     if kind == "imq":
         return "imq", middle, tuple(middle / c for c in parameters), 1.0
@@ -100,7 +106,7 @@ def mmd(
         )
     total = partial.sum(-1)
     if estimator == "biased":  # the pairs i = i, left out above: their distance is exactly zero
-        total += len(parameters) * (1 / n + 1 / m)
+        total += (len(parameters) - (kind == "rational_quadratic")) * (1 / n + 1 / m)
     return total.to(torch.float32).reshape(batch), *gradients
 
 
@@ -112,6 +118,7 @@ def mmd_specs() -> list[Spec]:
     pointers = {"z_ptr": "*fp32", "norm_ptr": "*fp32", "gx_ptr": "*fp32", "gy_ptr": "*fp32", "partial_ptr": "*fp64"}
     specs = []
     shapes = [("imq_pairs", 3, 64), ("imq_pairs", 3, 128), ("imq_pairs", 3, 16), ("rbf", 5, 64), ("imq", 3, 64)]
+    shapes.append(("rational_quadratic", 10, 64))
     for name, count, dp in shapes:
         for precision in (
             ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6") if (name, dp) == ("imq_pairs", 64) else ("bf16x3",)
@@ -164,7 +171,8 @@ def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
     Long chains are cut into blocks of which at most an eighth may lie beyond the chain's end; else programs run over
     the chains' groups one after the other, at the price of a division for each group. `whole`: within one chain always,
     for sums over it."""
-    for groups in (512, 256, 128):
+    found = tuned.find("langevin", "groups")
+    for groups in found["largest_first"] if found is not None else (512, 256, 128):
         padded = -(-elements // (4 * groups)) * 4 * groups
         if padded * 8 <= elements * 9:
             return groups, True

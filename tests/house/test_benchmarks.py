@@ -200,6 +200,15 @@ def test_the_mmd_oracle_is_autograd_of_the_plain_code(harness: ModuleType) -> No
             torch.testing.assert_close(gradient, want[index], rtol=1e-9, atol=1e-12)
 
 
+def test_counts_of_the_lpips_trunks(harness: ModuleType) -> None:
+    from benchmarks import perceptual
+
+    for net in perceptual.NETS:
+        assert perceptual._parameters(net) == sum(v.numel() for v in perceptual.trunk_state(net).values())
+    # 15.35 G multiply-adds a forward pass of VGG16 at 224, and as many back to the pixels.
+    assert perceptual._operations("vgg", 1, 224) == pytest.approx(2 * 2 * 15.35e9, rel=0.01)
+
+
 def test_memory_probe_sees_what_a_call_takes(harness: ModuleType) -> None:
     from benchmarks.memory import probe
 

@@ -1,0 +1,404 @@
+"""The stages of `make gpu`: test, bench, tune, profile. Each can be cut off and taken up again.
+
+All write into RESULTS/<device>.json as they go. What is there for the same commit is not done again; a stage compiles
+its kernels on all cores before it uses the GPU.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, results
+
+FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
+SECONDS = 560.0  # a stage stops of itself before ten minutes; the next call goes on
+WORTH = 1.02  # a configuration has to be this much faster than the table's to replace it
+SANITIZERS = ("memcheck", "racecheck")
+METRICS = {
+    "seconds": "gpu__time_duration.sum",
+    "dram bytes": "dram__bytes.sum",
+    "dram share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "issue share": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "fp32 share": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
+    "tensor share": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "mufu share": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
+}
+PROFILED_LAUNCHES = 20
+
+
+class Stage:
+    """What a stage has done, kept in the device's result file."""
+
+    def __init__(self, name: str, file: Path, about: dict[str, Any], seconds: float = SECONDS) -> None:
+        self.name, self.file, self.about = name, file, about
+        self.until = time.monotonic() + seconds
+        content: dict[str, Any] = results.load(file) if file.exists() else {"machine": about, "rows": []}
+        kept: dict[str, Any] = content.get(name, {})
+        self.done: dict[str, Any] = kept.get("done", {}) if kept.get("commit") == about["commit"] else {}
+
+    def steps(self, names: list[str]) -> Iterator[str]:
+        """Those of `names` that are not done yet, while there is time."""
+        for name in names:
+            if name in self.done:
+                continue
+            if time.monotonic() > self.until:
+                print(f"{self.name}: out of time, {len([n for n in names if n not in self.done])} steps are left")
+                return
+            print(f"{self.name}: {name}", flush=True)
+            yield name
+
+    def record(self, step: str, outcome: Any) -> None:
+        self.done[step] = outcome
+        content = results.load(self.file) if self.file.exists() else {"machine": self.about, "rows": []}
+        content[self.name] = {"commit": self.about["commit"], "date": self.about["date"], "done": self.done}
+        results.save(self.file, content)
+
+
+def target() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def _compile(family: str, index: int, for_target: str) -> str | None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from fastgen.kernels import aot
+
+    spec = list(aot.specs((family,), True))[index]
+    try:
+        aot.compile_spec(spec, for_target)
+    except Exception as error:
+        return f"{family}: {spec.name}: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def precompile() -> list[str]:
+    """Every kernel of the ahead-of-time lists into Triton's cache, on all cores. -> what failed"""
+    from fastgen.kernels import aot
+
+    if target() not in aot.TARGETS:
+        return [f"{target()} is no target of the ahead-of-time lists: kernels compile when they are used"]
+    tasks = [(f, i, target()) for f in aot.FAMILIES for i in range(len(list(aot.specs((f,), True))))]
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [said for said in pool.map(_compile, *zip(*tasks, strict=True)) if said]
+
+
+def test(stage: Stage) -> int:
+    """pytest's gpu tests file by file, then the sanitizers over one small call of each family."""
+    files = [
+        str(f.relative_to(machine.ROOT))
+        for f in sorted((machine.ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in f.read_text()
+    ]
+    for step in stage.steps(files):
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", step]
+        stage.record(step, _outcome(_ran(command, {"TRITON_INTERPRET": "0"}), (0, 5)))
+    for step in stage.steps([f"{tool} {family}" for tool in SANITIZERS for family in FAMILIES]):
+        tool, family = step.split()
+        if shutil.which("compute-sanitizer") is None:
+            stage.record(step, {"status": "missing", "says": "no compute-sanitizer on the PATH"})
+            continue
+        # Torch's caching allocator hides overruns between its blocks.
+        once = [sys.executable, "-m", "benchmarks", "gpu", "small", family]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *once]
+        stage.record(step, _outcome(_ran(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), (0,)))
+    failed = [step for step, outcome in stage.done.items() if outcome["status"] == "failed"]
+    for step in failed:
+        print(f"failed: {step}\n{stage.done[step]['says']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _ran(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=machine.ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def _outcome(done: "subprocess.CompletedProcess[str]", fine: tuple[int, ...]) -> dict[str, str]:
+    """pytest's 5 is a file without a test for this device."""
+    says = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+    return {"status": "passed" if done.returncode in fine else "failed", "says": says}
+
+
+def small(family: str) -> int:
+    """One call of each of a family's kernels on small, odd shapes, checked: what the sanitizers watch."""
+    from fastgen import functional as F
+
+    def close(a: torch.Tensor, b: torch.Tensor) -> None:
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-3, atol=1e-5)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(131, 7), torch.randn(67, 7)
+    cuda = [t.cuda() for t in (x, y)]
+    if family == "mmd":
+        x.requires_grad_()
+        cuda[0].requires_grad_()
+        values = [F.mmd(a, b) for a, b in ((x, y), (cuda[0], cuda[1]))]
+        close(*values)
+        close(*(torch.autograd.grad(v, t)[0] for v, t in zip(values, (x, cuda[0]), strict=True)))
+        close(F.mmd(x.detach(), y), F.mmd(cuda[0].detach(), cuda[1]))
+    elif family == "langevin":
+        steps = [F.langevin_step_(t.clone(), t, step_size=0.1, clamp=(-1, 1), seed=3) for t in (x, cuda[0])]
+        assert torch.equal(steps[0], steps[1].cpu())
+    elif family == "nearest":
+        found = [F.nearest(a, b) for a, b in ((x, y), (cuda[0], cuda[1]))]
+        assert torch.equal(found[0].index, found[1].index.cpu())
+    else:
+        maps = [torch.rand(2, 5, 9, 9) for _ in "ab"]
+        weight = [torch.rand(5)]
+        first, second = ([t.cuda()] for t in maps)
+        close(F.lpips_distance([maps[0]], [maps[1]], weight), F.lpips_distance(first, second, [weight[0].cuda()]))
+    torch.cuda.synchronize()
+    return 0
+
+
+Configuration = dict[str, Any]
+
+
+def search(
+    candidates: list[Configuration],
+    default: Configuration,
+    usable: Callable[[Configuration], str | None],
+    seconds: Callable[[Configuration], float],
+) -> dict[str, Any]:
+    """The fastest configuration, the table's own where none is WORTH its place; what was not tried, and why.
+
+    usable: why a configuration must not run (it spills, or does not compile), or None. seconds: time of a checked
+    result, or an exception."""
+    tried: list[dict[str, Any]] = []
+    for candidate in [default, *(c for c in candidates if c != default)]:
+        entry: dict[str, Any] = {"configuration": candidate}
+        why = usable(candidate)
+        if why is None:
+            try:
+                entry["seconds"] = seconds(candidate)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"[:200]
+        if why is not None:
+            entry["refused"] = why
+        tried.append(entry)
+    timed = [entry for entry in tried if "seconds" in entry]
+    if not timed:
+        raise ValueError(f"no configuration works, the table's neither: {tried[0]['refused']}")
+    best = min(timed, key=lambda entry: entry["seconds"])
+    own = tried[0].get("seconds")
+    if own is not None and own < best["seconds"] * WORTH:
+        best = tried[0]
+    return {"best": best["configuration"], "seconds": best["seconds"], "default_seconds": own, "tried": tried}
+
+
+def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]]:
+    """step -> kernel, key, candidates, the table's own, family, name of the ahead-of-time spec, work to time."""
+    from fastgen.kernels import launch
+
+    found: dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]] = {}
+    columns = [n for n in (16, 32, 64, 128) if launch.MMD_ROWS % n == 0]
+    grid = [
+        {"BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        for n in columns
+        for warps in (4, 8)
+        for stages in (1, 2, 3, 4)
+    ]
+    for kernel in ("grad", "value"):
+        for dp in (16, 64, 128):
+            default = {k: v for k, v in launch.mmd_blocks(kernel, dp).items() if k != "BLOCK_M"}
+            spec, work = f"{kernel} imq_pairs D={dp} bf16x3", f"mmd {kernel} {dp}"
+            found[f"mmd_{kernel} D={dp}"] = (f"mmd_{kernel}", f"D={dp}", grid, default, "mmd", spec, work)
+    orders = [{"largest_first": list(order)} for order in ((1024, 512, 256, 128), (512, 256, 128), (256, 128), (128,))]
+    found["langevin groups"] = ("langevin", "groups", orders, orders[1], "langevin", "", "langevin")
+    return found
+
+
+def tune(stage: Stage) -> int:
+    """Search after search; the table is written after each, so that what was found stands when the rest is cut off."""
+    from fastgen.kernels import tuned
+
+    known = searches()
+    for step in stage.steps(list(known)):
+        kernel, key, candidates, default, family, spec, work = known[step]
+
+        def usable(
+            candidate: Configuration, kernel: str = kernel, key: str = key, family: str = family, spec: str = spec
+        ) -> str | None:
+            with tuned.forced(kernel, key, candidate):
+                return _refused(family, spec)
+
+        def seconds(candidate: Configuration, kernel: str = kernel, key: str = key, work: str = work) -> float:
+            with tuned.forced(kernel, key, candidate):
+                return _timed(work)
+
+        outcome = search(candidates, default, usable, seconds)
+        stage.record(step, outcome)
+        write_table(tuned.FOLDER / f"{tuned.slug(stage.about['device'])}.json", stage, known)
+    return 0
+
+
+def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:
+    """Only what differs from the table in launch.py."""
+    table: dict[str, dict[str, Configuration]] = {}
+    for step, outcome in stage.done.items():
+        kernel, key, _, default, *_ = known[step]
+        if outcome["best"] != default:
+            table.setdefault(kernel, {})[key] = outcome["best"]
+    file.parent.mkdir(exist_ok=True)
+    about = {k: stage.about[k] for k in ("device", "torch", "versions", "commit", "date")}
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"searched": about, "configurations": table}, indent=1) + "\n")
+    os.replace(part, file)
+
+
+def _refused(family: str, name: str) -> str | None:
+    """Why the spec of that name must not run as it is now configured: compiled, and its machine code read."""
+    from fastgen.kernels import aot
+
+    if not name or target() not in aot.TARGETS:
+        return None
+    spec = next((s for s in aot.specs((family,), True) if s.name == name), None)
+    if spec is None:
+        return None
+    try:
+        row = aot.check(spec, target())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return f"spills {row['stack']} bytes" if row["stack"] else None
+
+
+def _timed(work: str) -> float:
+    """Of a right result on this GPU, the least of five rounds."""
+    from benchmarks import langevin, mmd
+    from benchmarks.harness import Local, checked
+
+    if work == "langevin":
+        found = langevin._step((1024, 3, 64, 64), torch.float32, "step")
+    else:
+        _, kernel, d = work.split()
+        found = mmd._imq(8192, 8192, int(d), 2 if kernel == "grad" else 0)
+    device = torch.device("cuda")
+    inputs = found.inputs(device)
+    row: dict[str, Any] = {}
+    ready = Local(found, "fastgen", inputs, device)
+    if not checked(found, "fastgen", ready, inputs, found.oracle(inputs), row):
+        raise ValueError(f"{row['status']}: {row.get('reason', row.get('error'))}")
+    return min(ready.seconds(0.05) for _ in range(5))
+
+
+def profile(stage: Stage) -> int:
+    """ncu's counters for the kernels of each family's slowest work of ours."""
+    content = results.load(stage.file) if stage.file.exists() else {"rows": []}
+    slowest = slowest_works(content["rows"])
+    if not slowest:
+        raise ValueError("profile: expected rows of `make gpu STAGE=bench` in the result file, got none")
+    for step in stage.steps(list(slowest)):
+        if shutil.which("ncu") is None:
+            stage.record(step, {"status": "missing", "says": "no ncu on the PATH"})
+            continue
+        command = ["ncu", "--csv", "--page", "raw", "--launch-count", str(PROFILED_LAUNCHES), "--nvtx"]
+        command += ["--nvtx-include", "measured/", "--metrics", ",".join(METRICS.values())]
+        done = _ran([*command, sys.executable, "-m", "benchmarks", "gpu", "once", step, slowest[step]], {})
+        outcome: dict[str, Any] = _outcome(done, (0,))
+        outcome |= {"work": slowest[step], "kernels": counters(done.stdout)}
+        stage.record(step, outcome)
+    return 1 if any(outcome["status"] == "failed" for outcome in stage.done.values()) else 0
+
+
+def slowest_works(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """family -> the work of ours that took longest, of those that were measured more than once."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        slowest = found.get(row["family"], {"seconds": 0.0})["seconds"]
+        if row["provider"] == "fastgen" and row.get("rounds", 1) > 1 and row["seconds"] > slowest:
+            found[row["family"]] = row
+    return {family: row["work"] for family, row in found.items()}
+
+
+def counters(text: str) -> list[dict[str, Any]]:
+    """ncu's CSV: a line of names, a line of units, then a launch a line; what it prints before is skipped."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    found = []
+    table = list(csv.DictReader(lines[start:]))
+    units = table[0] if table else {}
+    for launch in table[1:]:
+        entry: dict[str, Any] = {"kernel": re.sub(r"\(.*", "", launch["Kernel Name"])}
+        for name, metric in METRICS.items():
+            if launch.get(metric):
+                entry[name] = float(launch[metric].replace(",", "")) * _scale(units.get(metric, ""))
+        found.append(entry)
+    return sorted(found, key=lambda entry: -entry.get("seconds", 0.0))
+
+
+def _scale(unit: str) -> float:
+    """To seconds and bytes; shares stay per cent."""
+    scales = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "second": 1.0}
+    return (scales | {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}).get(unit, 1.0)
+
+
+def once(family: str, name: str) -> int:
+    """One warm call of ours inside the NVTX range that ncu looks at."""
+    from benchmarks.__main__ import works
+
+    work = next(w for w in works(family, "huge") if w.name == name)
+    run = work.provider("fastgen").setup(work.inputs(torch.device("cuda")))
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.nvtx.range_push("measured")
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.nvtx.range_pop()
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["small"]:
+        return small(argv[1])
+    if argv[:1] == ["once"]:
+        return once(argv[1], argv[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["test", "bench", "tune", "profile"])
+    parser.add_argument("--results", default=str(machine.ROOT / "benchmarks" / "results"), metavar="DIR")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise ValueError(f"gpu {arguments.stage}: torch finds no CUDA device here")
+    from fastgen.kernels.tuned import slug
+
+    about = machine.describe(torch.device("cuda"))
+    file = Path(arguments.results) / f"{slug(about['device'])}.json"
+    started = time.monotonic()
+    for said in precompile():
+        print(f"not compiled beforehand: {said}", file=sys.stderr)
+    left = SECONDS - (time.monotonic() - started)
+    if arguments.stage == "bench":
+        from benchmarks.__main__ import measure
+
+        return measure(
+            [
+                "all",
+                "--device",
+                "cuda",
+                "--huge",
+                "--patience",
+                "20",
+                "--out",
+                str(file),
+                "--resume",
+                "--seconds",
+                f"{left:.0f}",
+            ]
+        )
+    stage = Stage(arguments.stage, file, about, left)
+    return {"test": test, "tune": tune, "profile": profile}[arguments.stage](stage)

@@ -1,0 +1,236 @@
+"""What needs no GPU of the GPU's stages: the machine code's cost, the search of launch tables, resuming, parsing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SASS = """
+        .section        .text.kernel
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0010*/                   FFMA R0, R1, R2, R3 ;
+.L_x_0:
+        /*0020*/                   LDS.64 R8, [R2] ;
+        /*0030*/              @!P0 FADD R0, R1, R2 ;
+        /*0040*/                   MUFU.RCP R0, R0 ;
+        /*0050*/                   HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR44], RZ, !UPT ;
+        /*0060*/                   HGMMA.64x64x8.F32.TF32 R24, R40, gdesc[UR44], R24, gsb0 ;
+        /*0070*/               @P0 BRA `(.L_x_2) ;
+        /*0080*/                   FMUL R0, R0, R0 ;
+.L_x_2:
+        /*0090*/              @!P1 BRA `(.L_x_0) ;
+        /*00a0*/               @P1 BRA `(.L_x_1) ;
+        /*00b0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00c0*/                   EXIT ;
+.L_x_3:
+        /*00d0*/                   BRA `(.L_x_3);
+"""
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.static
+
+    return benchmarks.static
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.gpu
+
+    return benchmarks.gpu
+
+
+def test_the_inner_loop_is_found_and_counted(static: ModuleType) -> None:
+    instructions, labels = static.parse(SASS)
+    assert len(instructions) == 14
+    loop = static.inner_loop(instructions, labels)
+    assert [i.address for i in loop] == list(range(0x20, 0xA0, 0x10))
+    cost = static.cost(loop, 8, streams=False)
+    assert {k: cost["counts"][k] for k in ("HGMMA", "FADD", "FMUL", "MUFU", "LDS")} == {
+        "HGMMA": 2,
+        "FADD": 1,
+        "FMUL": 1,
+        "MUFU": 1,
+        "LDS": 1,
+    }
+    cycles = cost["cycles"]
+    assert cycles["fp32"] == 2 * 8 / 4
+    assert cycles["mufu"] == 8 / 0.5
+    assert cycles["issue"] == 8 * 8 / 4
+    assert cycles["shared"] == 32 * 8 * 8 / 128
+    # 64 x 32 x 16 and 64 x 64 x 8 multiply-adds of each four warps, the latter at half the rate.
+    assert cycles["tensor"] == 2 * (64 * 32 * 16 / 4096 + 64 * 64 * 8 / 2048)
+    straight = [i for i in instructions if i.opcode in ("LDG", "STG")]
+    assert static.cost(straight, 4, streams=True)["cycles"]["global"] == pytest.approx(2 * 4 * 32 * 16 / 14.5)
+    assert static.inner_loop(straight, {}) is None
+    assert static.elements_of({"BLOCK_M": 128, "BLOCK_N": 32, "DP": 64}, True) == (4096, "pair")
+    assert static.elements_of({"GROUPS": 256}, False) == (1024, "element")
+
+
+def test_static_on_a_real_kernel() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = (
+        "import json; from benchmarks import static; rows = [static.analyse('mmd', 0, False), "
+        "static.analyse('langevin', 0, False)]; print(static.table(rows)); print(json.dumps(rows))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    mmd, langevin = json.loads(done.stdout.splitlines()[-1])
+    assert "failed" not in mmd
+    assert mmd["spill"] == langevin["spill"] == 0
+    assert mmd["looped"]
+    assert mmd["counts"]["HGMMA"] > 0
+    pairs = mmd["elements"] / (32 * mmd["warps"])  # of one thread in one turn
+    assert mmd["unit"] == "pair"
+    assert 2 <= mmd["counts"]["MUFU"] / pairs <= 2.5
+    # A product of 64 coordinates and one for the gradient, in three bf16 parts: 384 multiply-adds a pair.
+    assert mmd["cycles"]["tensor"] / mmd["elements"] == pytest.approx(384 / 4096)
+    assert langevin["unit"] == "element"
+    assert not langevin["looped"]
+    assert langevin["counts"]["LDG"] * 32 * langevin["warps"] * 16 == langevin["elements"] * 8
+    # Twelve bytes an element at 14.5 a clock: nothing else may be slower.
+    assert langevin["cycles"]["global"] / langevin["elements"] == pytest.approx(12 / 14.5)
+    assert langevin["busiest"] == "global"
+
+
+def test_the_search_takes_the_fastest_that_works(gpu: ModuleType) -> None:
+    default = {"BLOCK_N": 32}
+    seconds = {16: 3.0, 32: 2.0, 64: 1.0, 128: 0.5}
+
+    def usable(c: dict[str, int]) -> str | None:
+        return "spills 8 bytes" if c["BLOCK_N"] == 128 else None
+
+    def timed(c: dict[str, int]) -> float:
+        if c["BLOCK_N"] == 256:
+            raise ValueError("wrong: 0.01")
+        return seconds[c["BLOCK_N"]]
+
+    candidates = [{"BLOCK_N": n} for n in (16, 32, 64, 128, 256)]
+    found = gpu.search(candidates, default, usable, timed)
+    assert found["best"] == {"BLOCK_N": 64}
+    assert found["default_seconds"] == 2.0
+    refused = {e["configuration"]["BLOCK_N"]: e["refused"] for e in found["tried"] if "refused" in e}
+    assert refused == {128: "spills 8 bytes", 256: "ValueError: wrong: 0.01"}
+    seconds[64] = 1.99  # not worth a change
+    assert gpu.search(candidates, default, usable, timed)["best"] == default
+    with pytest.raises(ValueError, match="no configuration works"):
+        gpu.search(candidates, default, lambda c: "does not compile", timed)
+
+
+def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen.kernels import launch, tuned
+
+    known = gpu.searches()
+    own = launch.mmd_blocks("grad", 64)
+    stage = gpu.Stage("tune", tmp_path / "a.json", about())
+    best = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 3}
+    stage.record("mmd_grad D=64", {"best": best})
+    stage.record("mmd_value D=16", {"best": known["mmd_value D=16"][3]})
+    stage.record("langevin groups", {"best": {"largest_first": [128]}})
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
+    gpu.write_table(tuned.FOLDER / "a-gpu.json", stage, known)
+    monkeypatch.setattr(tuned.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "A GPU")
+    tuned._table.cache_clear()
+    try:
+        assert launch.mmd_blocks("grad", 64) == {"BLOCK_M": launch.MMD_ROWS, **best}
+        assert launch.mmd_blocks("value", 64)["num_stages"] == own["num_stages"]
+        assert launch.langevin(4 * 512) == (128, True)
+        with tuned.forced("mmd_grad", "D=64", {"BLOCK_N": 128}):
+            assert launch.mmd_blocks("grad", 64)["BLOCK_N"] == 128
+        table = json.loads((tuned.FOLDER / "a-gpu.json").read_text())["configurations"]
+        assert set(table) == {"mmd_grad", "langevin"}  # what is the table's own already is left out
+        monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "another")
+        assert launch.mmd_blocks("grad", 64) == own
+    finally:
+        tuned._table.cache_clear()
+
+
+def about(commit: str = "abc") -> dict[str, Any]:
+    return {"device": "A GPU", "torch": "2", "versions": {}, "commit": commit, "date": "2026-01-01", "type": "cuda"}
+
+
+def test_a_stage_that_was_cut_off_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    first = gpu.Stage("test", file, about())
+    done = []
+    for step in first.steps(["a", "b", "c"]):
+        first.record(step, {"status": "passed"})
+        done.append(step)
+        if step == "b":
+            break
+    again = gpu.Stage("test", file, about())
+    assert list(again.steps(["a", "b", "c"])) == ["c"]
+    assert list(gpu.Stage("test", file, about("def")).steps(["a", "b"])) == ["a", "b"]
+    assert list(gpu.Stage("test", file, about(), seconds=-1).steps(["d"])) == []
+    other = gpu.Stage("profile", file, about())
+    other.record("mmd", {"status": "missing"})
+    kept = json.loads(file.read_text())
+    assert set(kept) == {"machine", "rows", "test", "profile"}
+    assert set(kept["test"]["done"]) == {"a", "b"}
+
+
+def test_the_counters_of_ncu(gpu: ModuleType) -> None:
+    metric = gpu.METRICS
+    names = ["ID", "Process ID", "Kernel Name", metric["seconds"], metric["dram bytes"], metric["mufu share"]]
+    lines = [
+        "==PROF== Connected to process 1",
+        ",".join(f'"{n}"' for n in names),
+        '"","","","us","Mbyte","%"',
+        '"0","1","_pack(float*)","12.5","1,024.5","3.25"',
+        '"1","1","_mmd_grad_kernel(float*, int)","1,500","2","61"',
+    ]
+    found = gpu.counters("\n".join(lines))
+    assert [k["kernel"] for k in found] == ["_mmd_grad_kernel", "_pack"]
+    assert found[0]["seconds"] == pytest.approx(1.5e-3)
+    assert found[0]["dram bytes"] == pytest.approx(2e6)
+    assert found[1]["dram bytes"] == pytest.approx(1.0245e9)
+    assert found[1]["mufu share"] == 3.25
+    assert gpu.counters("==ERROR== no permission") == []
+
+
+def test_the_slowest_work_of_each_family_is_profiled(gpu: ModuleType) -> None:
+    def row(family: str, work: str, seconds: float, rounds: int = 5, provider: str = "fastgen") -> dict[str, Any]:
+        return {"family": family, "work": work, "seconds": seconds, "rounds": rounds, "provider": provider}
+
+    rows = [row("mmd", "a", 1), row("mmd", "b", 2), row("mmd", "once", 9, 1), row("mmd", "eager", 8, 5, "eager")]
+    rows += [row("langevin", "c", 0.1), {"family": "nearest", "work": "d", "provider": "fastgen", "status": "failed"}]
+    assert gpu.slowest_works(rows) == {"mmd": "b", "langevin": "c"}
+
+
+def test_the_stages_need_a_gpu(gpu: ModuleType) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for stage in ("test", "bench", "tune", "profile"):
+        with pytest.raises(ValueError, match="no CUDA device"):
+            gpu.main([stage])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mmd", "langevin", "perceptual", "nearest"])
+def test_small_calls(gpu: ModuleType, family: str) -> None:
+    assert gpu.small(family) == 0
+
+
+@pytest.mark.gpu
+def test_timings_on_the_gpu(gpu: ModuleType, tmp_path: Path) -> None:
+    from benchmarks.__main__ import measure
+
+    out = tmp_path / "a.json"
+    assert measure(["mmd", "--device", "cuda", "--quick", "--provider", "fastgen", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert rows
+    assert all(row["status"] == "ok" and row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
