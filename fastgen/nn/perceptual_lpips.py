@@ -322,8 +322,8 @@ class LPIPS(nn.Module):
         together = self.one_batch and not (torch.is_grad_enabled() and in0.requires_grad != _needs_grad(in1))
         if isinstance(in1, Features) or not together:
             theirs = in1.maps if isinstance(in1, Features) else self.features(in1, normalize).maps
-            # Each layer is compared as soon as its map is there: so its gradient too is made when the backward pass
-            # comes to it, where it would else be kept from the start.
+            # Each layer is compared as soon as its map is there: its gradient too is then made when the backward comes
+            # to it, where it would else be kept from the start.
             shares = self._run(in0, normalize, share)
         else:
             channels = max(in0.shape[1], in1.shape[1])
