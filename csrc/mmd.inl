@@ -101,7 +101,6 @@ struct Pairs {
     static int64_t tile_rows(int64_t points, int64_t d) {
         // Large tiles are fetched less often for each pair; a panel of columns stays in the second-level cache, and few
         // points still make many tasks.
-        if (points <= 256) return 32;
         return points <= 1024 || d > 2048 ? 64 : 128;
     }
 

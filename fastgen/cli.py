@@ -203,6 +203,15 @@ def evaluate(argv: list[str]) -> None:
         measured = model.measure(run, images)
         write_json(run.path / "metrics.json", measured)
         print(report.measured_table(measured))
+    elif images.train_label is None:  # no classifier can be trained to judge by
+        from fastgen.models.evaluation import measure_pixels
+        from fastgen.models.run import write_json
+
+        measured = measure_pixels(run, model, images)
+        write_json(run.path / "metrics.json", measured)
+        panels = {"real": images.test[:100], name.upper(): model.sample(100, seed=0)}
+        report.samples(run.path / "samples.png", panels)
+        print(report.measured_table(measured))
     else:
         from fastgen.models.evaluation import Gaussian
         from fastgen.models.evaluation import evaluate as measure

@@ -33,6 +33,9 @@ def mmd_parameters(
     """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
     if kind == "imq" and pairs is not None:
         return "imq_pairs", pairs[0], pairs[1:], 1.0
+    if kind == "rational_quadratic":
+        lengthscale, *alphas = parameters
+        return kind, 2 * lengthscale**2, (*alphas, *(1 / a for a in alphas)), 1.0
     middle = sorted(parameters)[len(parameters) // 2]
     if kind == "imq":
         return "imq", middle, tuple(middle / c for c in parameters), 1.0
@@ -103,7 +106,7 @@ def mmd(
         )
     total = partial.sum(-1)
     if estimator == "biased":  # the pairs i = i, left out above: their distance is exactly zero
-        total += len(parameters) * (1 / n + 1 / m)
+        total += (len(parameters) - (kind == "rational_quadratic")) * (1 / n + 1 / m)
     return total.to(torch.float32).reshape(batch), *gradients
 
 
@@ -115,6 +118,7 @@ def mmd_specs() -> list[Spec]:
     pointers = {"z_ptr": "*fp32", "norm_ptr": "*fp32", "gx_ptr": "*fp32", "gy_ptr": "*fp32", "partial_ptr": "*fp64"}
     specs = []
     shapes = [("imq_pairs", 3, 64), ("imq_pairs", 3, 128), ("imq_pairs", 3, 16), ("rbf", 5, 64), ("imq", 3, 64)]
+    shapes.append(("rational_quadratic", 10, 64))
     for name, count, dp in shapes:
         for precision in (
             ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6") if (name, dp) == ("imq_pairs", 64) else ("bf16x3",)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from fastgen.kernels.aot import Spec
 
-IMQ_PAIRS, IMQ, RBF = 0, 1, 2
-KINDS = {"imq_pairs": IMQ_PAIRS, "imq": IMQ, "rbf": RBF}
+IMQ_PAIRS, IMQ, RBF, RATIONAL_QUADRATIC = 0, 1, 2, 3
+KINDS = {"imq_pairs": IMQ_PAIRS, "imq": IMQ, "rbf": RBF, "rational_quadratic": RATIONAL_QUADRATIC}
 UNBIASED, BIASED, U_STATISTIC = 0, 1, 2
 ESTIMATORS = {"unbiased": UNBIASED, "biased": BIASED, "u_statistic": U_STATISTIC}
 
@@ -63,6 +63,16 @@ def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
             q = _reciprocal(1.0 + parameters[s] * u, PTX)
             k += q
             w += parameters[s] * q * q
+    elif KIND == 3:
+        # With u = d²/2ℓ²: Σ t^−α and Σ t^−(α+1), t = 1 + u/α; the α come first, then their reciprocals.
+        k = tl.zeros_like(u)
+        w = tl.zeros_like(u)
+        count: tl.constexpr = len(parameters) // 2
+        for s in tl.static_range(count):
+            t = 1.0 + parameters[count + s] * u
+            e = tl.exp2(-parameters[s] * tl.log2(t))
+            k += e
+            w += e * _reciprocal(t, PTX)
     else:
         k = tl.zeros_like(u)
         w = tl.zeros_like(u)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.mmd_group import check_group, grouped
 from fastgen.functional.mmd_kernels import (
     IMQ,
     RBF,
@@ -117,7 +118,12 @@ def _scaled(
     upstream: Tensor, dtype: torch.dtype, gx: Tensor | None, gy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     scale = upstream[..., None, None] if upstream.ndim else upstream
-    return tuple(None if g is None else (g * scale).to(dtype) for g in (gx, gy))  # type: ignore[return-value]
+    return None if gx is None else _times(gx, scale, dtype), None if gy is None else _times(gy, scale, dtype)
+
+
+def _times(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    product = gradient * scale
+    return product if product.dtype == dtype else product.to(dtype)  # a call that does nothing is a microsecond
 
 
 def _swapped(options: Options) -> Options:
@@ -217,7 +223,12 @@ def mmd(
             without a pair, NaN. Weights are constants: those that require a gradient raise.
         precision: how the GPU makes its inner products, in Triton's terms: "ieee", "bf16x6", "tf32x3", "bf16x3",
             "tf32". The CPU, and float64, always work in full precision.
-        group: not built yet (an average over shards is another estimator).
+        group: a torch.distributed process group whose processes' x, and y, together are the two samples (shards of any
+            sizes but zero; an average of the shards' MMD² is another estimator). Every process gets the one value, to
+            rounding that of a single process, and the gradient of it in its own shard: DistributedDataParallel, which
+            averages gradients, asks for a loss multiplied by the number of processes. Collective: all processes call
+            it. A shard at a time is broadcast, so that memory stays O(N·D) of two shards. "u_statistic" pairs x and y
+            by their place in the shards. Differentiable once. Shard sizes are exchanged on the host.
 
     Returns:
         MMD², [] or [B], float64 for float64 points, else float32. It may be negative unless the estimator is biased.
@@ -233,11 +244,26 @@ def mmd(
         are expanded about the common centre of both samples; sums over pairs end in float64. Points that are not
         finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
-        and O((N + M)·D) memory too. On a GPU, D > 128 and float64 points run on blocked matrix products instead (never
-        in TF32).
+        and O((N + M)·D) memory too. On a GPU, D > 128, float64 points, weights and the Laplacian, energy and polynomial
+        kernels run on blocked matrix products instead (never in TF32).
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """
+    return compute(x, y, kernel, estimator, x_weight, y_weight, precision, group)
+
+
+def compute(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel | str,
+    estimator: str,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    precision: str,
+    group: Any = None,
+    y_term: Tensor | None = None,
+) -> Tensor:
+    """`mmd`; where `y_term` is given, `own_term` of y, the sum over y's own pairs is not made again."""
     check.tensor("x", x, ndim=(2, 3))
     check.tensor("y", y, ndim=(2, 3))
     if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
@@ -248,25 +274,48 @@ def mmd(
     check.choice("estimator", estimator, ESTIMATORS)
     check.choice("precision", precision, PRECISIONS)
     if group is not None:
-        check.not_built("group", group, "None")
+        check_group(group)
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         expected = [*x.shape[:-2], "M", x.shape[-1]]
         raise ValueError(f"y: expected shape [{', '.join(map(str, expected))}] to go with x, got {list(y.shape)}")
-    least = 1 if estimator == "biased" else 2
-    for name, points in (("x", x), ("y", y)):
-        if points.shape[-2] < least:
-            raise ValueError(
-                f"{name}: expected at least {least} points for {estimator=}, got shape {list(points.shape)}"
-            )
+    _check_count("x", x, estimator, group)
+    _check_count("y", y, estimator, group)
     if x.shape[-1] < 1:
         raise ValueError(f"x: expected at least 1 coordinate, got shape {list(x.shape)}")
-    if estimator == "u_statistic" and x.shape[-2] != y.shape[-2]:
+    if estimator == "u_statistic" and group is None and x.shape[-2] != y.shape[-2]:
         raise ValueError(f"y: expected as many points as x for {estimator=}, {x.shape[-2]}, got {y.shape[-2]}")
     kind, parameters = chosen._op(x.shape[-1])
-    if x_weight is None and y_weight is None:
-        return evaluate(x, y, (kind, parameters, estimator, precision))
+    options: Options = (kind, parameters, estimator, precision)
     for name, weight, points_name, points in (("x_weight", x_weight, "x", x), ("y_weight", y_weight, "y", y)):
         if weight is not None:
             check_weight(name, weight, points_name, points)
-    p, q, coefficients = weighted(x, y, x_weight, y_weight, estimator)
-    return evaluate(x, y, (kind, parameters, estimator, precision, p, q, coefficients, ops.ALL))
+    if group is not None:
+        return grouped(x, y, kind, parameters, estimator, precision, x_weight, y_weight, group)
+    terms = ops.ALL if y_term is None else ops.ALL & ~2
+    if x_weight is not None or y_weight is not None:
+        options = (*options, *weighted(x, y, x_weight, y_weight, estimator), terms)
+    elif y_term is not None:
+        options = (*options, None, None, None, terms)
+    value = evaluate(x, y, options)
+    return value if y_term is None else value + y_term
+
+
+def own_term(
+    y: Tensor, *, kernel: Kernel | str, estimator: str, weight: Tensor | None = None, precision: str = "bf16x3"
+) -> Tensor:
+    """What y's own pairs add to `mmd`, a constant."""
+    check.tensor("y", y, ndim=(2, 3))
+    _check_count("y", y, estimator)
+    kind, parameters = resolve(kernel)._op(y.shape[-1])
+    options: Options = (kind, parameters, estimator, precision)
+    if weight is None:
+        return ops.value(y, y, *options, None, None, None, 1)
+    check_weight("y_weight", weight, "y", y)
+    q, _, coefficients = weighted(y, y, weight, weight, estimator)
+    return ops.value(y, y, *options, q, q, coefficients, 1)
+
+
+def _check_count(name: str, points: Tensor, estimator: str, group: Any = None) -> None:
+    least = 1 if estimator == "biased" or group is not None else 2
+    if points.shape[-2] < least:
+        raise ValueError(f"{name}: expected at least {least} points for {estimator=}, got shape {list(points.shape)}")

@@ -48,6 +48,7 @@ class _Frame:
         check.number("reference_scale", a["reference_scale"], least=0)
         if not isinstance(a["clamp"], bool):
             raise TypeError(f"clamp: expected True or False, got {check.describe(a['clamp'])}")
+        check.choice("sample_from", a["sample_from"], ("chains", "reference"))
         check.choice("optimizer", a["optimizer"], ("adam", "sgd"))
         if "width" in a:
             check.integer("width", a["width"], least=1)
@@ -58,6 +59,7 @@ class _Frame:
             check.choice("penalty", a["penalty"], ("energy", "score"))
         self.learner: Learner | None = None
         self.images: data.Images | None = None
+        self._drawn: Tensor | None = None
 
     def fit(
         self,
@@ -141,19 +143,32 @@ class _Frame:
             raise check.UserError(str(error)) from None
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1], the same for the same seed: new chains from the reference (without one,
-        from uniform pixels), moved by `sample_steps` Langevin steps under the parameters as learned."""
+        """`n` images [n, C, H, W] in [0, 1], the same for the same seed: `sample_steps` Langevin steps under the
+        parameters as learned, with noise of their own, from where `sample_from` says.
+
+        "chains": sample i goes on from training chain i modulo their number, which those of one chain resemble.
+        "reference": from the reference; without one, from uniform pixels.
+        """
         assert self.learner is not None, "fit or load first"
         learner, steps = self.learner, self.arguments["sample_steps"]
         check.integer("n", n, least=1)
         parts, shape = [], tuple(learner.chains.shape[1:])
         for i, size in enumerate([256] * (n // 256) + [n % 256] * (n % 256 > 0)):
-            x = learner.start(size, generator(seed, i, 5), shape)
+            if self.arguments["sample_from"] == "chains":
+                x = learner.chains[(256 * i + torch.arange(size)) % len(learner.chains)]
+            else:
+                x = learner.start(size, generator(seed, i, 5), shape)
             # Bit 40 keeps the noise apart from that of training, whose seeds end at 2³¹.
             share = self.arguments["step_final"]
             x, _ = learner.evolve(x, steps, seed=seed + 2**40 + i * 2**41, step=0, share=share)
             parts.append(learner.image(x))
         return torch.cat(parts)
+
+    def _some(self) -> Tensor:
+        """Eight samples of seed 0, drawn once for figures and pictures."""
+        if self._drawn is None:
+            self._drawn = self.sample(8, seed=0)
+        return self._drawn
 
     def measure(self, run: Run, images: data.Images) -> dict[str, Any]:
         """U over D of the chains, the data and new samples, and of deep FRAME how well filter means match."""
@@ -163,9 +178,9 @@ class _Frame:
         shape = tuple(learner.chains.shape[1:])
         low, high = learner.bounds
         as_state = {who: x * (high - low) + low for who, x in (("train", images.train), ("test", images.test))}
-        drawn = self.sample(16, seed=0) * (high - low) + low
+        drawn = self._some() * (high - low) + low
         states = {"chains": learner.chains, "samples": drawn, **as_state}
-        states["reference"] = learner.start(16, generator(0, 0, 6), shape)
+        states["reference"] = learner.start(8, generator(0, 0, 6), shape)
         result: dict[str, Any] = {}
         done = int(learner.energies.isfinite().sum())
         result["rounds"], result["Langevin steps"] = done, int(learner.taken)
@@ -189,11 +204,11 @@ class _Frame:
         assert self.learner is not None, "fit or load first"
         assert self.images is not None
         learner, train = self.learner, self.images.train
-        kept = min(16, len(learner.chains))
+        kept = min(8, len(learner.chains))
         panels = {
-            "data": train[:: max(1, len(train) // 16)][:16],
+            "data": train[:: max(1, len(train) // 8)][:8],
             f"chains after {int(learner.taken)} steps": learner.image(learner.chains[:kept]),
-            f"new chains, {self.arguments['sample_steps']} steps": self.sample(16, seed=0),
+            f"samples of {self.arguments['sample_steps']} steps from the {self.arguments['sample_from']}": self._some(),
         }
         report.samples(folder / "samples.png", panels, side=4)
         over_time = learner.snapshots.transpose(0, 1).float() / 255
@@ -202,7 +217,7 @@ class _Frame:
             folder / "over_time.png",
             {f"a chain in each row, after epochs {times}": report.grid(over_time.flatten(0, 1), len(learner.times))},
         )
-        energy_curves(folder / "energy.png", {self.name: [learner.energies]})
+        energy_curves(folder / "energy.png", {self.name: [learner.energies[learner.energies.isfinite()]]})
         return ["over_time", "energy"]
 
 
@@ -235,8 +250,10 @@ def energy_curves(file: Path, curves: dict[str, list[Tensor]]) -> None:
             axis.plot(energies.tolist(), color=f"C{i}", label=name if j == 0 else None, alpha=0.8)
     axis.set(xlabel="round", ylabel="energy of the chains, each number of an image")
     if len(curves) > 1:
-        axis.set_yscale("symlog", linthresh=10)
         axis.legend()
+    largest = max((float(e.abs().max()) for runs in curves.values() for e in runs if len(e)), default=0.0)
+    if largest > 100:  # a run that diverges would press the others into a line
+        axis.set_yscale("symlog", linthresh=10)
     axis.grid(alpha=0.3)
     report._save(figure, file)
 
@@ -274,7 +291,9 @@ class DeepFRAME(_Frame):
         lr_final: share of it left at the end, along a line.
         optimizer: "adam" (β = .5, .9) or "sgd", the plain rule of the paper.
         epochs: of ten rounds each.
-        sample_steps: Langevin steps of a sample, from the reference.
+        sample_steps: Langevin steps of a sample.
+        sample_from: "chains", those of training, or "reference": chains of their own, which with these filters need
+            many more steps than training took, since λ no longer grows along with them.
         seed: of everything drawn in training.
     """
 
@@ -296,7 +315,8 @@ class DeepFRAME(_Frame):
         lr_final: float = 0.01,
         optimizer: Literal["adam", "sgd"] = "adam",
         epochs: int = 30,
-        sample_steps: int = 1000,
+        sample_steps: int = 200,
+        sample_from: Literal["chains", "reference"] = "chains",
         seed: int = 0,
     ) -> None:
         super().__init__(_given(locals(), DeepFRAME))
@@ -305,7 +325,7 @@ class DeepFRAME(_Frame):
 class GenerativeConvNet(_Frame):
     """The generative ConvNet: p_θ(x) ∝ exp(f_θ(x)) N(x; 0, σ²), every layer of the ConvNet f_θ learned.
 
-    Persistent chains, each of which may start anew, so that new samples of `sample_steps` steps resemble them. An epoch
+    Persistent chains, each of which may start anew, so that samples of `sample_steps` steps resemble them. An epoch
     is a pass over the data.
 
     Source: Xie, Lu, Zhu and Wu, A Theory of Generative ConvNet, ICML 2016; chains that start anew: Du and Mordatch,
@@ -329,7 +349,8 @@ class GenerativeConvNet(_Frame):
         lr_final: share of it left at the end, along a line.
         optimizer: "adam" (β = .5, .9) or "sgd", the plain rule of the paper.
         epochs: passes over the data.
-        sample_steps: Langevin steps of a sample, from the reference.
+        sample_steps: Langevin steps of a sample.
+        sample_from: "reference", chains of their own, or "chains", those of training.
         seed: of everything drawn in training.
     """
 
@@ -353,6 +374,7 @@ class GenerativeConvNet(_Frame):
         optimizer: Literal["adam", "sgd"] = "adam",
         epochs: int = 20,
         sample_steps: int = 400,
+        sample_from: Literal["chains", "reference"] = "reference",
         seed: int = 0,
     ) -> None:
         super().__init__(_given(locals(), GenerativeConvNet))
@@ -388,6 +410,7 @@ class WFRAME(_Frame):
         optimizer: "adam" or "sgd".
         epochs: of ten rounds, or passes over the data.
         sample_steps: Langevin steps of a sample.
+        sample_from: "chains" or "reference".
         seed: of everything drawn in training.
     """
 
@@ -416,6 +439,7 @@ class WFRAME(_Frame):
         optimizer: Literal["adam", "sgd"] | None = None,
         epochs: int | None = None,
         sample_steps: int | None = None,
+        sample_from: Literal["chains", "reference"] | None = None,
         seed: int | None = None,
     ) -> None:
         given = _given(locals(), WFRAME)

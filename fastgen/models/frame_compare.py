@@ -17,8 +17,9 @@ class CompareFRAME:
     """FRAME (β = 0) against wFRAME: energy's dissipation and collapse over one schedule, several seeds.
 
     The energy is U of the chains over the numbers in an image, the mean over chains in each round. A run counts as
-    collapsed where its size exceeds `bound` in any round, or where the chains diverge; a sample of the reference with
-    σ = 1 has 0.5.
+    bounded where its size never exceeds `bound` and the chains do not diverge; a sample of the reference with σ = 1 has
+    0.5. Whether samples are good is another question: the chains' variance over the data's and their MMD² to the test
+    images (`F.mmd`'s own kernel) stand beside it.
 
     Source: the stability experiment (figure 3) of Cai et al., FRAME Revisited, AAAI 2019, whose settings are not known.
 

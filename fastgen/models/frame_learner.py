@@ -245,11 +245,18 @@ class Learner(LightningModule):
     def look_ahead(self, x: Tensor) -> Tensor:
         """wFRAME's negatives: one step of size β without noise, of U or of −f alone."""
         s = self.settings
-        ahead = x.clone()
-        prior = s["reference_scale"] if s["penalty"] == "energy" else None
-        return langevin_step_(
-            ahead, self.pull(x)[1], step_size=s["beta"], noise_scale=0.0, prior_scale=prior, seed=0, step=0
+        ahead, prior = torch.empty_like(x), s["reference_scale"] if s["penalty"] == "energy" else None
+        # The step itself goes nowhere: what is wanted is the look ahead, whose β may be 0.
+        langevin_step_(
+            x.clone(),
+            self.pull(x)[1],
+            step_size=s["step_size"],
+            noise_scale=0.0,
+            prior_scale=prior,
+            seed=0,
+            lookahead=(s["beta"], ahead),
         )
+        return ahead
 
     def configure_optimizers(self) -> Any:
         s = self.settings

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastgen import check, data
 from fastgen.functional import nearest
-from fastgen.models import evaluation, processes
+from fastgen.models import processes
 from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_pool import Found, codes, own_spans, search_own, search_pool, spans
 from fastgen.models.imle_space import Space, space
@@ -215,6 +215,18 @@ class _Points(torch.nn.Module):
         return self.measure.points(images)
 
 
+def _start(out: str | os.PathLike[str], record: dict[str, Any], resume: bool) -> Run:
+    """`Run.start`, with the change that no argument can mend told first."""
+    if resume and (Path(out) / "run.json").exists():
+        before = Run(out).record.get("processes")
+        if before != record["processes"]:
+            now = record["processes"]
+            raise check.UserError(
+                f"processes: the run in {out} goes on with as many as it began with, {before}; got {now}"
+            )
+    return Run.start(out, record, resume=resume)
+
+
 def key(seed: int, use: int) -> int:
     """The noise's seed: 0 for the pools of training, 1 for samples drawn afterwards."""
     return 2 * seed + use
@@ -321,7 +333,7 @@ class IMLE:
                 )
             module = self._module(images)  # what it lacks is said before the folder is claimed
             record = {"model": self.name, "data": images.name, "processes": processes.size(), "arguments": a}
-            run = processes.lead(lambda: Run.start(out, record, resume=resume), lambda: Run(out))
+            run = processes.lead(lambda: _start(out, record, resume), lambda: Run(out))
             loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
             with run.phase("imle"):
                 every = a["checkpoint_every"]
@@ -329,7 +341,7 @@ class IMLE:
             # The search is part of the phase just added.
             run.add_seconds({"imle": -module.search_seconds, "imle_search": module.search_seconds})
             run.note_peak("train")
-        return self._take(module, images)
+        return self._take(module)
 
     @classmethod
     def load(cls, run: Run, images: data.Images) -> "IMLE":
@@ -340,7 +352,7 @@ class IMLE:
             module.load_state_dict(run.load("imle"))
         except RuntimeError as error:
             raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
-        return model._take(module, images)
+        return model._take(module)
 
     def _module(self, images: data.Images, *, for_search: bool = True) -> PoolIMLE:
         a = self.arguments
@@ -355,20 +367,10 @@ class IMLE:
                 **{k: a[k] for k in ("noise_dim", "hidden", "pool", "chunk", "refresh", "adaptive", "lr", "seed")},
             )  # fmt: skip
 
-    def _take(self, module: PoolIMLE, images: data.Images) -> "IMLE":
+    def _take(self, module: PoolIMLE) -> "IMLE":
         self.generator, self.condition = module.generator.cpu().eval(), module._held["condition"]
         self.chosen = module.chosen.cpu()
-        if images.train_label is None:  # then there is no classifier to judge by
-            self.measure = lambda run, images: evaluation.measure_pixels(run, self, images)
-            self.pictures = lambda folder: self._pictures(folder, images)
         return self
-
-    def _pictures(self, folder: Path, images: data.Images) -> list[str]:
-        from fastgen import report
-
-        panels = {"real": images.test[:100], "samples": self.sample(100, seed=0)}
-        report.samples(folder / "samples.png", panels)
-        return []
 
     def decode(self, code: Tensor, about: Tensor | None = None) -> Tensor:
         """Images [N, C, H, W] in [0, 1] of codes [N, noise_dim] and, of a conditional model, of conditions [N, K]."""

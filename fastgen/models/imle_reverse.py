@@ -16,7 +16,7 @@ from fastgen.models.run import ResumableBatches, Run
 
 
 def reverse_loss(fake: Tensor, other: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """(min_j ‖G(z_i) − x_j‖², relu(m − min_j ‖G(z_i) − G(z'_j)‖²)), both [N]; their sum is minimised.
+    """(min_j ‖G(z_i) − x_j‖², relu(m − min_j ‖G(z_i) − G(z'_j)‖²)), both [N], to be summed and minimised.
 
     fake: [N, D]; other: [K, D], of codes of its own: among the same codes the second distance would be 0
     real: [M, D]
@@ -29,10 +29,11 @@ class ReverseModule(LightningModule):
 
     def __init__(
         self, images: Any, *, noise_dim: int, hidden: int, layers: int, batch: int, others: int, margin: float,
-        lr: float, steps: int, seed: int,
+        push_weight: float, lr: float, steps: int, seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.noise_dim, self.batch, self.others, self.margin = noise_dim, batch, others, margin
+        self.push_weight = push_weight
         self.lr, self.steps, self.seed = lr, steps, seed
         shape: Any = tuple(images.shape[1:])
         self.generator = ImageMLP(noise_dim, shape, hidden, layers)
@@ -49,7 +50,7 @@ class ReverseModule(LightningModule):
         ids = torch.arange(count, device=self.device) + self.global_step * count
         made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1)
         pull, push = reverse_loss(made[: self.batch], made[self.batch :], real, self.margin)
-        loss: Tensor = (pull + push).mean()
+        loss: Tensor = (pull + self.push_weight * push).mean()
         self.log_dict(
             {"loss": loss.detach(), "pull": pull.detach().mean(), "push": push.detach().mean()},
             on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows),
@@ -60,12 +61,13 @@ class ReverseModule(LightningModule):
 class IMLEReverse:
     """IMLE of the reverse Kullback-Leibler divergence, with a margin: samples seek data, and keep off each other.
 
-    mean over i of min_j ‖G(z_i) − x_j‖² + relu(m − min_j ‖G(z_i) − G(z'_j)‖²), z and z' two batches of codes
+    mean over i of min_j ‖G(z_i) − x_j‖² + w·relu(m − min_j ‖G(z_i) − G(z'_j)‖²), z and z' two batches of codes
 
     The first term pulls each sample to its nearest datum, the second pushes it away from the other samples as long as
     one is nearer than the margin; it is what keeps the generator from collapsing to a few data. Source: Su Jianlin,
     "GLANN", 2019, section "IMLE": its two formulas print a minus before the sum, against its own step 6 ("minimise the
-    real-fake distance and maximise the fake-fake one"); KL(q‖p) has a plus there, as is computed here.
+    real-fake distance and maximise the fake-fake one"); KL(q‖p) has a plus there, as is computed here. Its w is 1, at
+    which pull and push of equal samples just cancel: on scikit-learn's digits all samples then became one digit.
 
     Args:
         noise_dim: size of a code z.
@@ -76,6 +78,7 @@ class IMLEReverse:
         batch: samples a step.
         others: samples of the second batch.
         margin: m, in squared distance; None: the mean squared distance from a datum to the nearest of `others` more.
+        push_weight: w of the second term; the source's is 1.
         lr: Adam's step size, at the start.
         checkpoint_every: steps between checkpoints; each epoch's end has one too.
         seed: of everything drawn in training.
@@ -93,6 +96,7 @@ class IMLEReverse:
         batch: int = 64,
         others: int = 256,
         margin: float | None = None,
+        push_weight: float = 4.0,
         lr: float = 1e-3,
         checkpoint_every: int = 200,
         seed: int = 0,
@@ -101,6 +105,7 @@ class IMLEReverse:
         for name in ("noise_dim", "hidden", "hidden_layers", "epochs", "reals", "batch", "others", "checkpoint_every"):
             check.integer(name, self.arguments[name], least=1)
         check.number("lr", lr, above=0)
+        check.number("push_weight", push_weight, least=0)
         check.integer("seed", seed, least=0, most=2**31)
         if margin is not None:
             check.number("margin", margin, least=0)
@@ -143,7 +148,7 @@ class IMLEReverse:
         margin = _margin(images.train, a["others"]) if a["margin"] is None else a["margin"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
-            names = ("noise_dim", "hidden", "batch", "others", "lr", "seed")
+            names = ("noise_dim", "hidden", "batch", "others", "push_weight", "lr", "seed")
             return ReverseModule(
                 images.train, layers=a["hidden_layers"], margin=margin, steps=steps, **{k: a[k] for k in names}
             )

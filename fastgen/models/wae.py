@@ -115,7 +115,7 @@ class WAEMMD:
         penalty: Literal["fused", "eager"] = "fused",
         penalty_weight: float = 10.0,
         reconstruction_weight: float = 0.05,
-        epochs: int = 100,
+        epochs: int = 80,
         batch: int = 100,
         lr: float = 1e-3,
         seed: int = 0,

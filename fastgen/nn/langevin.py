@@ -171,7 +171,7 @@ class LangevinSampler(nn.Module):
             energies = []
             for k in chains.steps():
                 if chains.started_from is not None:
-                    energies.append(chains.started_from.clone())
+                    energies.append(chains.started_from.clone() if x.is_cuda else chains.started_from)
                 kept, rest = divmod(k + 1 - self.burn_in, self.thin)
                 if trajectory is not None and kept > 0 and rest == 0:
                     trajectory[:, kept - 1] = chains.x
@@ -228,7 +228,7 @@ class LangevinSampler(nn.Module):
                 )
             grad = None
             if energy.requires_grad:
-                (grad,) = torch.autograd.grad(energy.sum(), state, allow_unused=True)
+                (grad,) = torch.autograd.grad(energy, state, torch.ones_like(energy), allow_unused=True)
             if grad is None:
                 raise ValueError(
                     "energy(x): expected a function differentiable in x, got a result without a graph to x"
@@ -245,8 +245,11 @@ class _Chains:
         self.x = x.detach().clone(memory_format=torch.contiguous_format)
         self.mala, self.reset = sampler.method == "mala", sampler.on_divergence == "reset"
         self.eager_check = x.device.type == "cpu" and not self.reset
-        self.seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=x.device)
-        self.step = torch.tensor(first, device=x.device)
+        self.seed: int | Tensor = seed
+        self.step: int | Tensor = first
+        if x.is_cuda:  # where a captured step finds them
+            self.seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=x.device)
+            self.step = torch.tensor(first, device=x.device)
         self.schedule = sampler._schedule()
         self.energy = x.new_zeros(count, dtype=torch.float64)
         self.started_from: Tensor | None = None
@@ -343,24 +346,23 @@ class _Chains:
             self.record(~log_alpha.isnan(), energy)
         else:
             energy, grad = sampler._gradient(self.x)
-            ok = energy.isfinite()
             if self.reset:
-                ok &= _finite(grad) & _finite(self.x)
+                ok = energy.isfinite() & _finite(grad) & _finite(self.x)
                 grad = self.put_back(ok, grad, energy)
                 self.record(ok, energy)
                 energy = self.energy.to(energy.dtype)
-            else:
-                self.record(ok, energy)
+            elif not (self.eager_check and math.isfinite(energy.sum())):  # a finite sum clears them all
+                self.record(energy.isfinite(), energy)
             self.keep(energy)
             sampler._step(self.x, grad, h, s, **key)
-        self.step.add_(1)
+        self.step += 1  # in place where it is a tensor
 
     def keep(self, energy: Tensor) -> None:
-        """In place from the second step on: a captured step must write where the first one did."""
-        if self.started_from is None:
-            self.started_from = energy.clone()
-        else:
+        """On CUDA in place from the second step on: a captured step must write where the first one did."""
+        if self.started_from is not None and energy.is_cuda:
             self.started_from.copy_(energy)
+        else:
+            self.started_from = energy.clone() if self.mala or energy.is_cuda else energy
 
     def put_back(self, ok: Tensor, grad: Tensor, energy: Tensor) -> Tensor:
         rows = ok.view([-1] + [1] * (self.x.ndim - 1))

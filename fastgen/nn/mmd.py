@@ -1,11 +1,14 @@
 """`MMDLoss`: maximum mean discrepancy as a module."""
 
+import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.mmd import ESTIMATORS, PRECISIONS, mmd
+from fastgen.functional.mmd import ESTIMATORS, PRECISIONS, compute, own_term
+from fastgen.functional.mmd_group import check_group
 from fastgen.functional.mmd_kernels import Kernel, resolve
 
 
@@ -14,10 +17,13 @@ class MMDLoss(nn.Module):
 
     Args:
         kernel, estimator, precision, group: as `fastgen.functional.mmd`.
-        cache_y: not built yet.
+        cache_y: keep the sum over y's own pairs from call to call, for as long as y (and y_weight) are the same tensor
+            objects at the same version: real data or a prior's draws that serve many steps. Any in-place change through
+            torch drops it; a change that torch does not count (through `.data`, NumPy or shared memory) goes unseen. A
+            y that requires a gradient and calls in a compiled graph are computed whole. The value is equal to rounding.
 
     Shapes:
-        x [N, D] or [B, N, D], y [M, D] or [B, M, D] -> [] or [B].
+        x [N, D] or [B, N, D], y [M, D] or [B, M, D], x_weight and y_weight as `fastgen.functional.mmd` -> [] or [B].
 
     Raises, notes and source: as `fastgen.functional.mmd`. The options are checked when the module is made.
     """
@@ -32,16 +38,43 @@ class MMDLoss(nn.Module):
         cache_y: bool = False,
     ) -> None:
         super().__init__()
-        if cache_y:
-            check.not_built("cache_y", cache_y, "False")
         if group is not None:
-            check.not_built("group", group, "None")
+            check_group(group)
+            if cache_y:
+                check.not_built("cache_y", cache_y, "False, with group=")
         self.kernel = resolve(kernel)
         self.estimator = check.choice("estimator", estimator, ESTIMATORS)
         self.precision = check.choice("precision", precision, PRECISIONS)
+        self.group = group
+        self.cache_y = cache_y
+        self._kept: tuple[Any, ...] | None = None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return mmd(x, y, kernel=self.kernel, estimator=self.estimator, precision=self.precision)
+    def forward(
+        self, x: Tensor, y: Tensor, *, x_weight: Tensor | None = None, y_weight: Tensor | None = None
+    ) -> Tensor:
+        y_term = None
+        if self.cache_y and not torch.compiler.is_compiling() and y is not None and _counted(y) and _counted(y_weight):
+            y_term = self._own_term(y, y_weight)
+        return compute(x, y, self.kernel, self.estimator, x_weight, y_weight, self.precision, self.group, y_term)
+
+    def _own_term(self, y: Tensor, y_weight: Tensor | None) -> Tensor:
+        tensors = (y,) if y_weight is None else (y, y_weight)
+        versions = tuple(t._version for t in tensors)
+        if self._kept is not None:
+            references, then, term = self._kept
+            if then == versions and all(r() is t for r, t in zip(references, tensors, strict=True)):
+                return term
+        term = own_term(y, kernel=self.kernel, estimator=self.estimator, weight=y_weight, precision=self.precision)
+        self._kept = tuple(weakref.ref(t) for t in tensors), versions, term
+        return term
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         return f"{self.kernel}, estimator={self.estimator!r}, precision={self.precision!r}"
+
+
+def _counted(value: Any) -> bool:
+    """Whether torch counts the tensor's changes and nobody asks for its gradient."""
+    return value is None or (isinstance(value, Tensor) and not (value.requires_grad or value.is_inference()))

@@ -3,7 +3,7 @@
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ class _Slices(nn.Module):
             self.add_module(f"slice{k}", part)
             start = end
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, use: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+        """The maps, or what `use` makes of each as soon as it is there."""
         taps = []
-        for part in self.children():
+        for k, part in enumerate(self.children()):
             x = part(x)
-            taps.append(x)
+            taps.append(x if use is None else use(k, x))
         return taps
 
 
@@ -97,6 +98,10 @@ def _complete_heads(module: nn.Module, state: dict[str, Any], prefix: str, *rest
         raise check.UserError(f"state_dict: expected the heads of {module.L} layers, lacks {', '.join(missing)}")
     if given:
         module._random_heads = False
+
+
+def _needs_grad(in1: Tensor | Features) -> bool:
+    return isinstance(in1, Tensor) and in1.requires_grad
 
 
 class LPIPS(nn.Module):
@@ -193,6 +198,7 @@ class LPIPS(nn.Module):
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.channels_last, self.one_batch, self.cuda_graph = channels_last, one_batch, cuda_graph
+        self.whole = compile or cuda_graph
         trunks.compile_module(self.net, compile, cuda_graph)
         self.lins = nn.ModuleList()
         if lpips:
@@ -247,9 +253,6 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor, normalize: bool = False) -> Features:
         """The trunk's maps of images, before normalisation; differentiable."""
-        images_of("images", images)
-        self._check_range(images, normalize)
-        trunks.check_sides("images", images, self.least, f"net={self.pnet_type!r}")
         return Features(tuple(self._run(images, normalize)))
 
     def _check_range(self, images: Tensor, normalize: bool) -> None:
@@ -263,7 +266,10 @@ class LPIPS(nn.Module):
             message = f"LPIPS: expected images in {expected}, got values from {float(low):.4g} to {float(high):.4g}"
             warnings.warn(message, stacklevel=4)
 
-    def _run(self, images: Tensor, normalize: bool) -> list[Tensor]:
+    def _run(self, images: Tensor, normalize: bool, use: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+        images_of("images", images)
+        self._check_range(images, normalize)
+        trunks.check_sides("images", images, self.least, f"net={self.pnet_type!r}")
         if self.cuda_graph:
             trunks.check_cuda("images", images)
         x = images.expand(-1, 3, -1, -1)
@@ -276,22 +282,19 @@ class LPIPS(nn.Module):
             x = 2 * x - 1
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        if not self.whole:
+            made: list[Tensor] = self.net(x, use)
+            return made
         maps: list[Tensor] = self.net(x)
-        return [f.clone() for f in maps] if self.cuda_graph else maps  # the next replay writes to the graph's memory
+        if self.cuda_graph:  # the next replay writes to the graph's memory
+            maps = [f.clone() for f in maps]
+        return maps if use is None else [use(k, f) for k, f in enumerate(maps)]
 
     @torch.no_grad()
     def target(self, images: Tensor, normalize: bool = False) -> Features:
         """`features`, detached: compare with them as often as you like, `lpips(x, target)`, or `lpips(x)` inside
         `with lpips.target(images):`."""
         return Features(self.features(images, normalize).maps, weakref.ref(self))
-
-    def _both(self, in0: Tensor, in1: Tensor, normalize: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if not self.one_batch or (torch.is_grad_enabled() and in0.requires_grad != in1.requires_grad):
-            return self.features(in0, normalize).maps, self.features(in1, normalize).maps
-        channels = max(in0.shape[1], in1.shape[1])
-        pair = torch.cat([image.expand(-1, channels, -1, -1) for image in (in0, in1)])
-        maps = self.features(pair, normalize).maps
-        return tuple(f[: in0.shape[0]] for f in maps), tuple(f[in0.shape[0] :] for f in maps)
 
     def forward(
         self, in0: Tensor, in1: Tensor | Features | None = None, retPerLayer: bool = False, normalize: bool = False
@@ -308,21 +311,29 @@ class LPIPS(nn.Module):
         samples0, samples1 = in0.shape[0], len(in1)
         if samples0 != samples1 and 1 not in (samples0, samples1):
             raise ValueError(f"in1: expected {samples0} images or 1, got {samples1}")
-        if isinstance(in1, Features):
-            maps0, maps1 = self.features(in0, normalize).maps, in1.maps
+        samples = max(samples0, samples1) if 0 not in (samples0, samples1) else 0
+        weights = self.weights()
+        theirs: Sequence[Tensor] = ()
+
+        def share(k: int, f0: Tensor) -> Tensor:
+            f0, f1 = (f if len(f) == samples else f.expand(samples, -1, -1, -1) for f in (f0, theirs[k]))
+            return self._layer(k, f0, f1, weights[k], in0)
+
+        together = self.one_batch and not (torch.is_grad_enabled() and in0.requires_grad != _needs_grad(in1))
+        if isinstance(in1, Features) or not together:
+            theirs = in1.maps if isinstance(in1, Features) else self.features(in1, normalize).maps
+            # Each layer is compared as soon as its map is there: so its gradient too is made when the backward pass
+            # comes to it, where it would else be kept from the start.
+            shares = self._run(in0, normalize, share)
         else:
-            maps0, maps1 = self._both(in0, in1, normalize)
-        if samples0 != samples1:
-            samples = max(samples0, samples1) if 0 not in (samples0, samples1) else 0
-            maps0 = tuple(f.expand(samples, -1, -1, -1) for f in maps0)
-            maps1 = tuple(f.expand(samples, -1, -1, -1) for f in maps1)
-        shares = [
-            self._layer(k, f0, f1, weight, in0)
-            for k, (f0, f1, weight) in enumerate(zip(maps0, maps1, self.weights(), strict=True))
-        ]
+            channels = max(in0.shape[1], in1.shape[1])
+            pair = torch.cat([image.expand(-1, channels, -1, -1) for image in (in0, in1)])
+            maps = self.features(pair, normalize).maps
+            theirs = [f[samples0:] for f in maps]
+            shares = [share(k, f[:samples0]) for k, f in enumerate(maps)]
         value = shares[0]
-        for share in shares[1:]:
-            value = value + share
+        for one in shares[1:]:
+            value = value + one
         return (value, shares) if retPerLayer else value
 
     def _layer(self, k: int, f0: Tensor, f1: Tensor, weight: Tensor, image: Tensor) -> Tensor:

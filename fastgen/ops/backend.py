@@ -13,7 +13,7 @@ import torch
 _forced: str | None = None
 
 CPP = frozenset({"mmd", "langevin", "perceptual", "nearest"})
-TRITON = frozenset({"mmd", "langevin", "perceptual"})
+TRITON = frozenset({"mmd", "langevin", "perceptual", "nearest"})
 
 
 @functools.cache

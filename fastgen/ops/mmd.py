@@ -6,6 +6,7 @@ the swapped arguments. Points are [N, D] or [B, N, D]; values and gradients come
 float32 (a unit gradient is of order 1/N: float16 would lose it).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -21,9 +22,10 @@ _OPTIONS = (
 )
 ALL = reference.ALL
 accumulator = reference.accumulator
+coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _NONE = (0, False)  # of an optional tensor: its address, and whether it has a batch dimension
-_IN_TRITON = ("imq", "rbf")
+_IN_TRITON = ("imq", "rbf", "rational_quadratic")
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -31,6 +33,11 @@ torch.library.define("fastgen::mmd_value_grad", f"(Tensor x, Tensor y, {_OPTIONS
 torch.library.define(
     "fastgen::mmd_hessian_product", f"(Tensor x, Tensor y, Tensor vx, Tensor? vy, {_OPTIONS}) -> (Tensor, Tensor)"
 )
+
+
+@functools.lru_cache(maxsize=64)
+def _inverse_pairs(constants: tuple[float, ...]) -> tuple[float, float, float, float] | None:
+    return inverse_pairs(constants)
 
 
 def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, float] | None:
@@ -52,7 +59,7 @@ def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Op
     chosen = backend.choose("mmd", x.device)
     if chosen == "cpp":
         return _cpp(x, y, sides, options)
-    if chosen == "triton" and options.kind in _IN_TRITON and options.x_weight is None and options.coefficients is None:
+    if chosen == "triton" and options.kind in _IN_TRITON and options[3:] == (None, None, None, reference.ALL):
         from fastgen.kernels import launch
 
         if launch.mmd_fits(x):
@@ -69,7 +76,9 @@ def _cpp(x: Tensor, y: Tensor, sides: int, options: reference.Options) -> tuple[
     extension = backend.extension()
     assert extension is not None
     dtype = reference.accumulator(x.dtype)
-    x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
+    if x.dtype != dtype:
+        x, y = x.to(dtype), y.to(dtype)
+    x, y = x.contiguous(), y.contiguous()
     *batch, n, d = x.shape
     m = y.shape[-2]
     outputs = [torch.empty(batch, dtype=dtype)]
@@ -86,7 +95,7 @@ def _cpp(x: Tensor, y: Tensor, sides: int, options: reference.Options) -> tuple[
         if options.coefficients is not None:
             kept.append(options.coefficients.to(torch.float64).contiguous())
         extra = (*addresses, (kept[-1].data_ptr(), kept[-1].ndim == 2) if options.coefficients is not None else _NONE)
-    pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
+    pairs = _inverse_pairs(tuple(options.parameters)) if options.kind == "imq" else None
     kernel = extension.mmd_f64 if dtype == torch.float64 else extension.mmd_f32
     kernel(
         x.data_ptr(),

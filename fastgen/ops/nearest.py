@@ -30,7 +30,31 @@ def search(
         index = search_cpp(module, query, database, mask, k, exclude_radius, precision == "ieee")
         if index is not None:
             return index
+    if chosen == "triton" and k == 1 and exclude_radius is None and precision == "certified":
+        from fastgen.kernels import nearest_launch
+
+        if nearest_launch.fits(query, mask):
+            return search_triton(query, database, mask)
     return reference.search(query, database, mask, k, exclude_radius, precision)
+
+
+def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> Tensor:
+    """The Triton kernels; what their bound does not prove is searched again with float64 products."""
+    from fastgen.kernels import nearest_launch
+
+    if mask is not None:
+        reference.refuse_small_mask(mask, 1)
+    found = nearest_launch.search(query, database, mask)
+    bad_queries, bad_rows, doubtful = found.status.tolist()  # the one wait for the device
+    if bad_queries or bad_rows:
+        reference.refuse_non_finite("query", query, None)
+        reference.refuse_non_finite("database", database, reference.allowed_rows(mask, len(database), 1))
+    index = found.index
+    if doubtful:
+        rows = found.open.nonzero()[:, 0]
+        index[rows] = reference.search(query[rows], database, mask, 1, None, "certified")[:, 0]
+    reference.refuse_overflow(found.distance.masked_fill(found.open, 0))
+    return index[:, None]
 
 
 def search_cpp(

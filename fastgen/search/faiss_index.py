@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,13 @@ class FaissIndex:
 
     Args:
         spec: FAISS factory string: "Flat" (default, exhaustive), "IVF256,Flat", "HNSW32", "PQ16" …
-        device: None or "cpu" (default), or a CUDA device.
+        device: None or "cpu" (default), a CUDA device, or several of them, each with an index of its own, in threads.
+        split: for several devices "shards" (default: each holds a part of the rows, which a search merges) or
+            "replicas" (each holds all rows and answers a part of the queries).
+        block: rows that are converted and handed to FAISS at a time, default 65,536.
+
+    Points and queries are tensors or numpy arrays; float32 tensors of the CPU, contiguous, are searched where they are.
+    Arrays on disk (np.load(path, mmap_mode="r"), np.memmap) are read a block at a time: only the index need fit.
 
     Raises:
         ImportError: FAISS is not installed.
@@ -33,72 +41,91 @@ class FaissIndex:
         Johnson, Douze, Jégou (2017), "Billion-scale similarity search with GPUs"; faiss.index_factory.
     """
 
-    def __init__(self, spec: str = "Flat", device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        spec: str = "Flat",
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        *,
+        split: str = "shards",
+        block: int = 1 << 16,
+    ) -> None:
         self.spec = spec
-        self.device = torch.device("cpu" if device is None else device)
+        several = device if isinstance(device, Sequence) and not isinstance(device, str) else [device or "cpu"]
+        self.devices = [torch.device(one) for one in several]
+        self.split = check.choice("split", split, ("shards", "replicas"))
+        self.block = check.integer("block", block, least=1)
         self._faiss = _faiss()
-        if self.device.type == "cuda" and not hasattr(self._faiss, "StandardGpuResources"):
-            check.not_built("device", str(self.device), "device='cpu' (the FAISS that is installed has no GPU support)")
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device: expected a CPU or CUDA device, got {self.device}")
+        if not self.devices:
+            raise ValueError("device: expected at least one device, got an empty sequence")
+        for one in self.devices:
+            if one.type not in ("cpu", "cuda"):
+                raise ValueError(f"device: expected a CPU or CUDA device, got {one}")
+            if one.type == "cuda" and not hasattr(self._faiss, "StandardGpuResources"):
+                check.not_built("device", str(one), "device='cpu' (the FAISS that is installed has no GPU support)")
         self._index: Any = None
-        self._resources: Any = None
+        self._resources: list[Any] = []
+        self._parts: list[Any] = []
 
     def __len__(self) -> int:
         return 0 if self._index is None else int(self._index.ntotal)
 
-    def train(self, points: Tensor) -> "FaissIndex":
+    def train(self, points: Tensor | np.ndarray) -> "FaissIndex":
         """Fit the index (its clusters, its codes) and the centre to points [M, D]; "Flat" and HNSW need no call."""
-        rows = self._rows("points", points)
+        rows = np.concatenate(list(self._blocks("points", points)))
         if len(self):
             raise ValueError(f"points: expected training before the first add, got an index of {len(self)} rows")
-        self._build(points.double().mean(0).float().cpu())
+        self._build(rows)
         self._threads()
         self._index.train(rows)
         return self
 
-    def add(self, points: Tensor) -> "FaissIndex":
-        """Append points [M, D]; their indices go on from the last."""
-        rows = self._rows("points", points)
-        if self._index is None:
-            self._build(points.double().mean(0).float().cpu())
+    def add(self, points: Tensor | np.ndarray) -> "FaissIndex":
+        """Append points [M, D]; their indices go on from the last. Where one is refused, none is added."""
+        for rows in self._blocks("points", points):
+            if self._index is None:
+                self._build(rows)
         if not self._index.is_trained:
             self._index = None if not len(self) else self._index
             raise ValueError(f"points: expected a trained index for spec {self.spec!r}: call train first")
         self._threads()
-        self._index.add(rows)
+        for rows in self._blocks("points", points):
+            self._index.add(rows)
         return self
 
     def tune(self, parameters: str) -> "FaissIndex":
         """Set search parameters, as FAISS writes them: "nprobe=16", "efSearch=64"."""
         if self._index is None:
             raise ValueError(f"parameters: expected rows in the index before {parameters!r}")
-        space = self._faiss.GpuParameterSpace() if self.device.type == "cuda" else self._faiss.ParameterSpace()
+        on_gpu = any(one.type == "cuda" for one in self.devices)
+        space = self._faiss.GpuParameterSpace() if on_gpu else self._faiss.ParameterSpace()
         space.set_index_parameters(self._index, parameters)
         return self
 
-    def search(self, query: Tensor, k: int = 1) -> Nearest:
-        """Nearest(distance [N, k] float32, index [N, k] int64) of query [N, D], on query's device."""
+    def search(self, query: Tensor | np.ndarray, k: int = 1) -> Nearest:
+        """Nearest(distance [N, k] float32, index [N, k] int64) of query [N, D], on its device (an array's: CPU)."""
         check.integer("k", k, least=1)
         if k > len(self):
             raise ValueError(f"k: expected at most the {len(self)} rows of the index, got {k}")
-        rows = self._rows("query", query)
         self._threads()
-        distance, index = (torch.from_numpy(found) for found in self._index.search(rows, k))
+        parts = [self._index.search(rows, k) for rows in self._blocks("query", query)]
+        distance, index = (torch.from_numpy(np.concatenate(found)) for found in zip(*parts, strict=True))
         if (index < 0).any():
             short = int((index < 0).any(1).sum())
             raise ValueError(
                 f"k: expected {k} neighbours for each query, but spec {self.spec!r} found fewer for {short} of "
                 f"{len(index)}: search more of the index, as with tune('nprobe=16'), or take a lower k"
             )
-        return Nearest(distance.to(query.device), index.to(query.device))
+        device = query.device if isinstance(query, Tensor) else "cpu"
+        return Nearest(distance.to(device), index.to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index in FAISS's format, centre included: beside and renamed, a kill leaves the old file whole."""
         if self._index is None:
             raise ValueError("save: expected an index with rows, got an empty one")
+        if len(self.devices) > 1:
+            check.not_built("save", f"over {len(self.devices)} devices", "an index on one device")
         path = os.fspath(path)
-        index = self._faiss.index_gpu_to_cpu(self._index) if self.device.type == "cuda" else self._index
+        index = self._faiss.index_gpu_to_cpu(self._index) if self.devices[0].type == "cuda" else self._index
         try:
             self._faiss.write_index(index, path + ".part")
             os.replace(path + ".part", path)
@@ -112,34 +139,61 @@ class FaissIndex:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"path: expected a saved index, found no file {os.fspath(path)}")
         loaded = cls(f"loaded from {os.fspath(path)}", device)
-        loaded._place(loaded._faiss.read_index(os.fspath(path)))
+        index = loaded._faiss.read_index(os.fspath(path))
+        loaded._index = loaded._place(index, loaded.devices[0])
         return loaded
 
-    def _build(self, centre: Tensor) -> None:
-        faiss = self._faiss
-        centring = faiss.CenteringTransform(len(centre))
-        faiss.copy_array_to_vector(centre.numpy(), centring.mean)
+    def _build(self, rows: np.ndarray) -> None:
+        faiss, d = self._faiss, rows.shape[1]
+        centring = faiss.CenteringTransform(d)
+        faiss.copy_array_to_vector(rows.mean(0, dtype=np.float64).astype(np.float32), centring.mean)
         centring.is_trained = True
-        index = faiss.IndexPreTransform(centring, faiss.index_factory(len(centre), self.spec, faiss.METRIC_L2))
-        index.is_trained = index.index.is_trained
-        self._place(index)
+        parts = [self._factory(d, one) for one in self.devices]
+        index = parts[0]
+        if len(parts) > 1:
+            shards = self.split == "shards"
+            index = faiss.IndexShards(d, True, False) if shards else faiss.IndexReplicas(d, True)
+            # A shard's rows are numbered by FAISS as a whole; not every index can hold numbers that are given.
+            self._parts = [faiss.IndexIDMap(part) if shards else part for part in parts]  # FAISS keeps bare pointers
+            for part in self._parts:
+                index.add_shard(part) if shards else index.add_replica(part)
+        self._index = faiss.IndexPreTransform(centring, index)
+        self._index.is_trained = index.is_trained
 
-    def _place(self, index: Any) -> None:
-        if self.device.type == "cuda":
-            self._resources = self._faiss.StandardGpuResources()
-            index = self._faiss.index_cpu_to_gpu(self._resources, self.device.index or 0, index)
-        self._index = index
+    def _factory(self, d: int, device: torch.device) -> Any:
+        return self._place(self._faiss.index_factory(d, self.spec, self._faiss.METRIC_L2), device)
 
-    def _rows(self, name: str, points: Tensor) -> Any:
-        check.tensor(name, points, ndim=(2,))
+    def _place(self, index: Any, device: torch.device) -> Any:
+        if device.type == "cpu":
+            return index
+        self._resources.append(self._faiss.StandardGpuResources())
+        return self._faiss.index_cpu_to_gpu(self._resources[-1], device.index or 0, index)
+
+    def _blocks(self, name: str, points: Tensor | np.ndarray) -> Iterator[np.ndarray]:
+        """Finite float32 rows, `block` at a time."""
+        if isinstance(points, np.ndarray):
+            if points.dtype not in (np.float32, np.float64, np.float16) or points.ndim != 2:
+                raise TypeError(
+                    f"{name}: expected a [N, D] array of float32, float64 or float16, "
+                    f"got {points.dtype} {list(points.shape)}"
+                )
+        else:
+            check.tensor(name, points, ndim=(2,))
         if points.shape[0] == 0 or (self._index is not None and points.shape[1] != self._index.d):
             width = "D" if self._index is None else self._index.d
             raise ValueError(f"{name}: expected shape [at least 1, {width}], got {list(points.shape)}")
-        rows = points.detach().float().cpu().contiguous()
-        if not rows.isfinite().all():
-            row = int((~rows.isfinite().all(1)).nonzero()[0, 0])
-            raise ValueError(f"{name}: expected finite float32 values, got NaN or infinity in row {row}")
-        return rows.numpy()
+        for start in range(0, len(points), self.block):
+            part = points[start : start + self.block]
+            if isinstance(part, np.ndarray):
+                with np.errstate(over="ignore"):  # found below
+                    rows = np.ascontiguousarray(part, dtype=np.float32)
+            else:
+                rows = part.detach().float().cpu().contiguous().numpy()
+            finite = np.isfinite(rows).all(1)
+            if not finite.all():
+                row = start + int(np.flatnonzero(~finite)[0])
+                raise ValueError(f"{name}: expected finite float32 values, got NaN or infinity in row {row}")
+            yield rows
 
     def _threads(self) -> None:
         self._faiss.omp_set_num_threads(torch.get_num_threads())

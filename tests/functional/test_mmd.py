@@ -297,7 +297,6 @@ def test_bad_points(arguments: tuple, error: type[Exception], says: str) -> None
         ({"y_weight": torch.zeros(5)}, ValueError, "y_weight: expected weights that do not sum to zero"),
         ({"y_weight": torch.ones(5, device="meta")}, ValueError, "y_weight: expected the device of y, cpu, got meta"),
         ({"x_weight": torch.ones(4, requires_grad=True)}, NotImplementedError, "x_weight: gradients in weights"),
-        ({"group": "world"}, NotImplementedError, "group='world'"),
         ({"estimator": "u_statistic"}, ValueError, "y: expected as many points as x"),
     ],
 )

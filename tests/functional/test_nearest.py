@@ -401,8 +401,10 @@ def test_needs_no_faiss():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.__name__)
-def test_gpu_equals_oracle(oracle, data):
-    query, database = data(61, 257, 64)
-    expected = oracle.nearest(query, database, 3)
-    got = F.nearest(query.cuda(), database.cuda(), 3)
+@pytest.mark.parametrize(("n", "m", "d"), [(61, 257, 64), (300, 5000, 130)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_gpu_equals_oracle(oracle, data, n, m, d, k):
+    query, database = data(n, m, d)
+    expected = oracle.nearest(query, database, k)
+    got = F.nearest(query.cuda(), database.cuda(), k)
     assert_nearest(F.Nearest(got.distance.cpu(), got.index.cpu()), expected)

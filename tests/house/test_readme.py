@@ -21,6 +21,8 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for l
 SMALL = {
     "glann": "--data=digits --latent_dim=6 --width=4 --layers=[block0] --glo_epochs=1 --hidden=16 --imle_epochs=1 "
     "--pool=2",
+    "deep-frame": "--layers=[pixels,stem] --chains=2 --n_steps=1 --epochs=1 --sample_steps=2",
+    "frame": "--seeds=1 --epochs=1 '--options={width: 2, chains: 4, n_steps: 1, batch: 256}'",
     "imle": "--hidden=16 --epochs=2 --refresh=1 --batch=16",
 }
 
@@ -59,7 +61,7 @@ def test_fastgen_commands_in_order(tmp_path: Path) -> None:
     for line in commands:
         before, _, after = line.partition("fastgen.cli " if line.startswith("torchrun") else "fastgen ")
         words = shlex.split(after)
-        if words[0] == "train":
+        if words[0] in ("train", "compare"):
             words = [w for w in words if w != "mnist5k" and (w != "--data" or "mnist5k" not in words)]
             words += [*shlex.split(SMALL[words[1]]), "--trainer.enable_progress_bar=false"]
         program = ["-m", "fastgen.cli"]

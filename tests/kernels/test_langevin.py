@@ -152,6 +152,17 @@ def test_statistics_are_the_references(
 
 
 @interpreted
+def test_statistics_count_what_overflows_as_stored(kernels: ModuleType) -> None:
+    x, grad = torch.full((2, 6), 60000.0).half(), torch.zeros(2, 6).half()
+    grad[1, 2:5] = -20000.0  # 70000 is finite until it is rounded to float16
+    found = torch.zeros(2, 3, dtype=torch.float64)
+    scalars = (0.5, 0.0, 0.0, INF, -INF, INF, 0.0, False, 99, 5)
+    kernels.step_(x, grad, None, found, None, None, None, None, None, *scalars)
+    assert found[:, 2].tolist() == [0, 3]
+    assert x.isinf().sum(1).tolist() == [0, 3]
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(3, 1), (70, 4), (2, 5003)])
 def test_raw_words(kernels: ModuleType, shape: tuple[int, int]) -> None:
     out = torch.zeros(shape, dtype=torch.int32)

@@ -18,6 +18,7 @@ KERNELS = {
     "imq_pairs": ("imq", [s * 9.0 for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)]),
     "imq": ("imq", [0.9, 3.0, 20.0]),
     "rbf": ("rbf", [0.01, 0.1, 1.0]),
+    "rational_quadratic": ("rational_quadratic", [2.0, 0.2, 1.0, 5.0]),
 }
 
 

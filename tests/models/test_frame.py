@@ -260,6 +260,20 @@ def test_deep_frame_learns_the_filter_means(texture: data.Images, tmp_path: Path
     assert not torch.equal(learner.snapshots[0], learner.snapshots[1])
 
 
+@pytest.mark.parametrize("start", ["chains", "reference"])
+def test_where_samples_start(texture: data.Images, tmp_path: Path, start: str) -> None:
+    settings = {**DEEP, "epochs": 1, "n_steps": 1, "sample_steps": 1, "sample_from": start, "noise_scale": 0.0}
+    model = DeepFRAME(**settings, step_size=1e-9).fit(texture, tmp_path / "run", trainer=QUIET)
+    learner = model.learner
+    assert learner is not None
+    before = learner.chains.clone()
+    drawn = model.sample(7, seed=1)
+    again = learner.image(before[torch.arange(7) % 4])
+    assert torch.equal(learner.chains, before)
+    assert torch.allclose(drawn, again, atol=1e-4) == (start == "chains")
+    assert torch.allclose(drawn[0], drawn[4], atol=1e-4) == (start == "chains")
+
+
 def test_restarts_happen_as_often_as_asked(images: data.Images) -> None:
     learner = learner_of(GenerativeConvNet(**{**CONV, "chains": 400, "restart": 0.25}), images)
     before = learner.chains.clone()

@@ -78,7 +78,7 @@ def test_compare_draws_both_curves(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((out / "compare.json").read_text()) == result
 
 
-def test_a_diverging_run_is_a_collapse(tmp_path: Path) -> None:
+def test_a_diverging_run_is_not_bounded(tmp_path: Path) -> None:
     out = tmp_path / "compare"
     options = "--options={layers: [pixels], chains: 2, n_steps: 2, step_size: 1000.0}"
     command = ["compare", "frame", "--data", "texture:grass:8", "--out", str(out), "--seeds=1", "--epochs=1"]

@@ -434,6 +434,11 @@ def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path) -> None
     first = IMLEReverse(**settings).fit(images, tmp_path / "whole", trainer=QUIET)
     rows = rows_of(tmp_path / "whole")
     assert float(rows[-1]["pull"]) < 0.7 * float(rows[0]["pull"])
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(float(row["pull"]) + 4 * float(row["push"]), rel=1e-5)
+    # Not all samples seek the same datum.
+    near = torch.cdist(first.sample(200, seed=0).flatten(1), images.train.flatten(1)).argmin(1)
+    assert len(near.unique()) >= 3
     cut = str(tmp_path / "cut")
     code = KILLED.format(small=settings, out=cut, quiet=QUIET, when=(5, 3), name="imle-reverse")
     assert run_apart(code) == [-signal.SIGKILL]
@@ -460,7 +465,7 @@ def test_two_processes_train_and_a_changed_number_of_processes_is_told(
     for a, b in zip(one, two, strict=True):  # and the same steps, but for the order in which gradients are summed
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     assert main(["train", "imle", f"--out={out}", "--resume"]) == 2
-    assert "processes: the run in" in capsys.readouterr().err
+    assert "goes on with as many as it began with, 2; got 1" in capsys.readouterr().err
 
 
 def test_load_and_sample_are_deterministic(images: data.Images, whole: Path) -> None:

@@ -1,8 +1,13 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
 from fastgen import functional as F
 from fastgen import nn
+from fastgen.nn import mmd as module
+from fastgen.ops import mmd as ops
 
 
 def test_the_module_is_the_function() -> None:
@@ -14,12 +19,74 @@ def test_the_module_is_the_function() -> None:
     assert not list(nn.MMDLoss().parameters())
 
 
+def test_weights_are_passed_on() -> None:
+    x, y, p, q = torch.randn(9, 4), torch.randn(7, 4), torch.rand(9), torch.rand(7)
+    assert torch.equal(nn.MMDLoss()(x, y, x_weight=p, y_weight=q), F.mmd(x, y, x_weight=p, y_weight=q))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The y of every time that a sum over y's own pairs is made for the cache."""
+    made = []
+    real = module.own_term
+    monkeypatch.setattr(module, "own_term", lambda y, **options: made.append(y) or real(y, **options))
+    return made
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+@pytest.mark.parametrize("kernel", ["imq", "energy", "polynomial"])
+def test_the_own_term_of_y_is_kept_while_y_is_the_same(kernel: str, estimator: str, calls: list) -> None:
+    loss = nn.MMDLoss(kernel, estimator=estimator, cache_y=True)
+    y = torch.randn(12, 4, dtype=torch.float64)
+    weight = torch.rand(12, dtype=torch.float64)
+
+    def check(made: int, y: torch.Tensor, y_weight: torch.Tensor | None = None) -> None:
+        x = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+        got = loss(x, y, y_weight=y_weight)
+        want = F.mmd(x, y, kernel=kernel, estimator=estimator, y_weight=y_weight)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+        gradients = [torch.autograd.grad(v, x)[0] for v in (got, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+        assert len(calls) == made
+
+    check(1, y)
+    check(1, y)
+    y.mul_(1.5)
+    check(2, y)
+    check(2, y)
+    check(3, y.clone())
+    check(4, y)
+    check(5, y, weight)
+    check(5, y, weight)
+    weight[3] = 4.0
+    check(6, y, weight)
+    check(7, y)
+    check(7, y)
+    check(7, y.clone().requires_grad_())
+    assert pickle.loads(pickle.dumps(loss))._kept is None
+    loss = copy.deepcopy(loss)
+    check(8, y)
+
+
+def test_a_kept_term_skips_the_pairs_of_y(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = ops.value
+    monkeypatch.setattr(ops, "value", lambda *a: seen.append(a[9:]) or real(*a))
+    loss = nn.MMDLoss(cache_y=True)
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    loss(x, y)
+    loss(x, y)
+    assert seen == [(1,), (5,), (5,)]
+
+
 def test_options_are_checked_at_once() -> None:
-    with pytest.raises(NotImplementedError, match="cache_y=True"):
-        nn.MMDLoss(cache_y=True)
-    with pytest.raises(NotImplementedError, match="group"):
+    with pytest.raises(TypeError, match=r"group: expected a torch\.distributed process group"):
         nn.MMDLoss(group="world")
     with pytest.raises(ValueError, match="estimator: expected one of"):
         nn.MMDLoss(estimator="mean")
     with pytest.raises(ValueError, match="kernel: expected one of"):
         nn.MMDLoss("gauss")
+    with pytest.raises(TypeError, match=r"y: expected a torch\.Tensor"):
+        nn.MMDLoss(cache_y=True)(torch.zeros(3, 2), 3)
+    with pytest.raises(ValueError, match="y: expected at least 2 points"):
+        nn.MMDLoss(cache_y=True)(torch.zeros(3, 2), torch.zeros(1, 2))

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,64 @@ def test_tune_reaches_the_index():
     every = (index.tune("nprobe=64").search(query).index == exact).float().mean()
     assert few < 0.95
     assert every == 1
+
+
+@pytest.mark.parametrize("split", ["shards", "replicas"])
+@pytest.mark.parametrize("spec", ["Flat", "IVF4,Flat", "PCA6,Flat"])
+def test_several_indexes(spec, split):
+    """Ids as from one index, however often rows are added."""
+    query, database = 100 + torch.randn(50, 8), 100 + torch.randn(900, 8)
+    several, one = FaissIndex(spec, ["cpu"] * 3, split=split), FaissIndex(spec)
+    for index in (several, one):
+        index.train(database)
+        for part in database.split((500, 7, 393)):
+            index.add(part)
+    assert len(several) == 900
+    if spec.startswith("IVF"):
+        several.tune("nprobe=4")
+        one.tune("nprobe=4")
+    got, expected = several.search(query, 4), one.search(query, 4)
+    assert torch.equal(got.index, expected.index)
+    assert torch.equal(got.distance, expected.distance)
+    with pytest.raises(NotImplementedError, match="over 3 devices"):
+        several.save("nowhere")
+
+
+@pytest.mark.parametrize("spec", ["PQ8x4", "SQ8", "HNSW16", "IVF8,PQ8x4", "PCA4,Flat", "LSH"])
+def test_any_factory_string(spec):
+    database = 10 + torch.randn(1000, 16) * torch.linspace(3, 0.1, 16)
+    index = FaissIndex(spec).train(database).add(database)
+    found = index.search(database[:200], 5)
+    assert found.index.shape == (200, 5)
+    hits = (found.index == torch.arange(200)[:, None]).any(1).float().mean()
+    assert hits > (0.05 if spec == "LSH" else 0.3)
+
+
+def test_arrays_on_disk_in_blocks(tmp_path):
+    query, database = torch.randn(70, 8), torch.randn(500, 8)
+    for name, points in (("query", query), ("database", database)):
+        np.save(tmp_path / f"{name}.npy", points.numpy())
+    mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("query", "database")}
+    got = FaissIndex(block=33).add(mapped["database"]).search(mapped["query"], 3)
+    assert torch.equal(got.index, F.nearest(query, database, 3).index)
+    spoilt = mapped["database"].copy()
+    spoilt[450, 1] = np.nan
+    index = FaissIndex(block=33)
+    with pytest.raises(ValueError, match=r"points: .* NaN or infinity in row 450"):
+        index.add(spoilt)
+    assert len(index) == 0
+    with pytest.raises(TypeError, match=r"points: expected a .* array of float32, float64 or float16, got int64"):
+        index.add(np.zeros((3, 4), dtype=np.int64))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="FAISS without GPU support")
+@pytest.mark.parametrize("devices", ["cuda", ["cuda:0", "cuda:0"]], ids=str)
+def test_gpu(devices):
+    query, database = torch.randn(100, 32).cuda(), torch.randn(5000, 32).cuda()
+    got = FaissIndex(device=devices).add(database).search(query)
+    assert got.index.is_cuda
+    assert torch.equal(got.index.cpu(), F.nearest(query.cpu(), database.cpu()).index)
 
 
 def test_minus_one_is_refused():

@@ -1,0 +1,173 @@
+"""MMD² of samples that are spread over the processes of a torch.distributed group: one number, not an average."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgen import check
+from fastgen.ops import mmd as ops
+
+_DTYPES = check.FLOATS
+
+
+def check_group(group: Any) -> None:
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed process group or None, got {check.describe(group)}")
+
+
+def grouped(
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: list[float],
+    estimator: str,
+    precision: str,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    group: Any,
+) -> Tensor:
+    """The value of all shards together, the same on every process, with this process's part of the gradient."""
+    result: Tensor = _Grouped.apply(x, y, (kind, parameters, estimator, precision, x_weight, y_weight, group))
+    return result
+
+
+class _Grouped(torch.autograd.Function):
+    """Each process meets its own points with everybody's, a shard at a time; each shard is sent once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.dtype = x.dtype
+        value, gx, gy = _forward(x.detach(), y.detach(), *ctx.needs_input_grad[:2], *options)
+        ctx.save_for_backward(gx, gy)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "fastgen mmd: second-order gradients with group= are not built; what works: first order, or group=None"
+            )
+        scale = upstream[..., None, None]
+        gx, gy = (None if g is None else (g * scale).to(ctx.dtype) for g in ctx.saved_tensors)
+        return gx, gy, None
+
+
+def _counts(x: Tensor, y: Tensor, weighted: bool, estimator: str, group: Any) -> list[tuple[int, int]]:
+    """(N, M) of every process; what does not fit together raises on all of them."""
+    batch = x.shape[0] if x.ndim == 3 else -1
+    own = [x.shape[-2], y.shape[-2], x.shape[-1], batch, _DTYPES.index(x.dtype), int(weighted)]
+    mine = torch.tensor(own, dtype=torch.int64, device=x.device)
+    shapes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, mine, group=group)
+    rows = torch.stack(shapes).tolist()
+    for name, column in (("coordinates", 2), ("batches", 3), ("dtypes", 4), ("use of weights", 5)):
+        found = [row[column] for row in rows]
+        if len(set(found)) > 1:
+            raise ValueError(f"group: expected the same {name} on every process, got {found}")
+    counts = [(row[0], row[1]) for row in rows]
+    least = 1 if estimator == "biased" else 2
+    for name, total, smallest in zip(
+        ("x", "y"), map(sum, zip(*counts, strict=True)), map(min, zip(*counts, strict=True)), strict=True
+    ):
+        if smallest < 1 or total < least:
+            raise ValueError(f"{name}: expected points on every process, {least} in all for {estimator=}, got {counts}")
+    if estimator == "u_statistic" and any(n != m for n, m in counts):
+        raise ValueError(f"y: expected as many points as x on every process for {estimator=}, got {counts}")
+    return counts
+
+
+def _shares(
+    x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, n: int, m: int, estimator: str, group: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """This process's part of weights that sum to one over the group, and the coefficients of XX, YY and XY."""
+    if x_weight is None and y_weight is None:
+        return None, None, torch.tensor(ops.coefficients(n, m, estimator), dtype=torch.float64, device=x.device)
+    p, q = (
+        (points.new_ones(points.shape[:-1], dtype=torch.float64) if w is None else w.double().expand(points.shape[:-1]))
+        for points, w in ((x, x_weight), (y, y_weight))
+    )
+    totals = torch.stack([p.sum(-1), q.sum(-1)])
+    dist.all_reduce(totals, group=group)
+    p, q = p / totals[0][..., None], q / totals[1][..., None]
+    apart = torch.stack(
+        [(p * p).sum(-1), (q * q).sum(-1), (p * q).sum(-1) if estimator == "u_statistic" else p.sum(-1)]
+    )
+    dist.all_reduce(apart, group=group)
+    if estimator == "biased":
+        apart = torch.zeros_like(apart)
+    elif estimator == "unbiased":
+        apart[2] = 0
+    a = torch.where(apart < 1, 1 / (1 - apart), float("nan")).movedim(0, -1)
+    dtype = ops.accumulator(x.dtype)
+    return p.to(dtype).contiguous(), q.to(dtype).contiguous(), a.contiguous()
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    for_x: bool,
+    for_y: bool,
+    kind: str,
+    parameters: list[float],
+    estimator: str,
+    precision: str,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    group: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, y = x.contiguous(), y.contiguous()
+    counts = _counts(x, y, x_weight is not None or y_weight is not None, estimator, group)
+    n, m = (sum(c) for c in zip(*counts, strict=True))
+    p, q, a = _shares(x, y, x_weight, y_weight, n, m, estimator, group)
+    own = (x, y, kind, parameters, estimator, precision, p, q, a)
+    value = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
+    gx = gy = None
+    if for_x and for_y:
+        part, gx, gy = ops.value_grad(*own)
+    elif for_x:
+        part, gx = ops.value_grad_x(*own)
+    elif for_y:
+        swapped = (y, x, kind, parameters, estimator, precision, q, p, a[..., [1, 0, 2]].contiguous())
+        part, gy = ops.value_grad_x(*swapped)
+    else:
+        part = ops.value(*own)
+    value += part
+    # A pair of points of two processes is met by both: half of its value for each, all of its gradient for its owner.
+    # The ops subtract 2·a_xy times the sum: these factors make it a_xx, a_yy or −2·a_xy times half of both orders.
+    zero = torch.zeros_like(a[..., 0])
+    xx, yy, xy = (torch.stack([zero, zero, c], -1) for c in (-a[..., 0] / 2, -a[..., 1] / 2, a[..., 2] / 2))
+    rank = dist.get_rank(group)
+    for other, (n_there, m_there) in enumerate(counts):
+        there: list[Tensor | None] = []
+        for mine, size in ((x, n_there), (y, m_there), (p, n_there), (q, m_there)):
+            if mine is None:
+                there.append(None)
+                continue
+            shape = list(mine.shape)
+            shape[-1 if mine.ndim < x.ndim else -2] = size
+            shard = mine if other == rank else mine.new_empty(shape)
+            dist.broadcast(shard, group=group, group_src=other)
+            there.append(shard)
+        if other == rank:
+            continue
+        x_there, y_there, p_there, q_there = there
+        for points, weight, wanted, remotes in (
+            (x, p, for_x, ((x_there, p_there, xx), (y_there, q_there, xy))),
+            (y, q, for_y, ((y_there, q_there, yy), (x_there, p_there, xy))),
+        ):
+            for remote, remote_weight, coefficients in remotes:
+                options = (kind, parameters, "biased", precision, weight, remote_weight, coefficients, 4)
+                assert remote is not None
+                if wanted:
+                    part, gradient = ops.value_grad_x(points, remote, *options)
+                    target = gx if points is x else gy
+                    assert target is not None
+                    target += 2 * gradient
+                else:
+                    part = ops.value(points, remote, *options)
+                value += part
+    parts = [torch.empty_like(value) for _ in counts]
+    dist.all_gather(parts, value, group=group)
+    return torch.stack(parts).sum(0).to(ops.accumulator(x.dtype)), gx, gy

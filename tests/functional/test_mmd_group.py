@@ -1,0 +1,85 @@
+"""F.mmd with group=: the same number and gradients on 1, 2 and 4 processes as on one."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fastgen import functional as F
+from fastgen import nn
+
+KERNELS = {"imq": F.IMQ(), "energy": F.Energy(), "polynomial": F.Polynomial()}
+CASES = list(itertools.product(KERNELS, ("unbiased", "biased", "u_statistic"), (False, True)))
+
+
+def sample(estimator: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    n, m = 23, 23 if estimator == "u_statistic" else 31
+    x, y = (torch.randn(k, 5, generator=generator, dtype=torch.float64) for k in (n, m))
+    p, q = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1 for k in (n, m))
+    return x, y + 0.3, p, q
+
+
+def shard(points: Tensor, rank: int, world: int) -> Tensor:
+    """Shards of different sizes: the first process has what is left over."""
+    size = len(points) // (world + 1)
+    first = len(points) - size * (world - 1)
+    return points[:first] if rank == 0 else points[first + (rank - 1) * size : first + rank * size]
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    found: list[Any] = []
+    for name, estimator, weighted in CASES:
+        x, y, p, q = (shard(t, rank, world) for t in sample(estimator))
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        weights = {"x_weight": p, "y_weight": q} if weighted else {}
+        value = F.mmd(x, y, kernel=KERNELS[name], estimator=estimator, group=dist.group.WORLD, **weights)
+        (value * 3).backward()
+        alone = x.detach().clone().requires_grad_()
+        loss = nn.MMDLoss(KERNELS[name], estimator=estimator, group=dist.group.WORLD)
+        loss(alone, y.detach(), **weights).backward()
+        assert torch.allclose(alone.grad * 3, x.grad, rtol=1e-12, atol=1e-15)
+        found.append((value.detach(), x.grad, y.grad))
+    if world > 1:
+        for bad in ({"kernel": "imq"}, {"estimator": "u_statistic"}):
+            wrong = torch.zeros(5 + rank, 5 if bad.get("estimator") else 3 + rank, dtype=torch.float64)
+            with pytest.raises(ValueError, match="on every process"):
+                F.mmd(wrong, wrong[:4], group=dist.group.WORLD, **bad)
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_same_number_on_any_number_of_processes(world: int, tmp_path: Path) -> None:
+    if world == 1:
+        work(0, 1, str(tmp_path))
+    else:
+        mp.spawn(work, (world, str(tmp_path)), nprocs=world)
+    shards = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
+    for i, (name, estimator, weighted) in enumerate(CASES):
+        x, y, p, q = sample(estimator)
+        x.requires_grad_()
+        y.requires_grad_()
+        weights = {"x_weight": p, "y_weight": q} if weighted else {}
+        value = F.mmd(x, y, kernel=KERNELS[name], estimator=estimator, **weights)
+        (value * 3).backward()
+        for rank in range(world):
+            torch.testing.assert_close(shards[rank][i][0], value.detach(), rtol=1e-12, atol=1e-13)
+            assert torch.equal(shards[rank][i][0], shards[0][i][0])
+        for side, leaf in ((1, x), (2, y)):
+            got = torch.cat([shards[rank][i][side] for rank in range(world)])
+            torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_what_is_no_group_raises() -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(TypeError, match=r"group: expected a torch\.distributed process group or None, got str 'world'"):
+        F.mmd(x, x, group="world")
+    with pytest.raises(TypeError, match=r"group: expected a torch\.distributed process group"):
+        nn.MMDLoss(group=3)
