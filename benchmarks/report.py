@@ -27,8 +27,8 @@ README_ROWS = [
         "mmd",
         "IMQ-7, 4096 x 4096 x 64, both gradients",
     ),
-    ("the same, D = 8", "mmd", "IMQ-7, 4096 x 4096 x 8, both gradients"),
-    ("the same, one gradient, 128 x 128 x 8", "mmd", "IMQ-7, 128 x 128 x 8, one gradient"),
+    ("MMD likewise, 4096 x 4096 x 8", "mmd", "IMQ-7, 4096 x 4096 x 8, both gradients"),
+    ("MMD likewise, one gradient, 128 x 128 x 8", "mmd", "IMQ-7, 128 x 128 x 8, one gradient"),
     (
         "Langevin step with noise, prior and clamp, 12.6 M elements",
         "langevin",
@@ -81,7 +81,11 @@ def regressions(new: list[Row], old: list[Row]) -> list[str]:
 
 def machine_text(content: dict[str, Any]) -> str:
     m = content["machine"]
-    where = f"{m['threads']} threads of {m['device']} ({m['kernels']})" if m["type"] == "cpu" else m["device"]
+    where = (
+        f"{m['threads']} thread{'s' * (m['threads'] > 1)} of {m['device']} ({m['kernels']})"
+        if m["type"] == "cpu"
+        else m["device"]
+    )
     versions = ", ".join(f"{k} {v}" for k, v in sorted(m["versions"].items()))
     limits = m.get("limits", {})
     best = [f"a copy {limits['copy'] / 1e9:.0f} GB/s"] if "copy" in limits else []
