@@ -1,13 +1,24 @@
 // fastgen._C: raw buffers in, raw buffers out. Shapes, dtypes and contiguity are the callers' business (fastgen/ops).
+// The one file that knows Python: pybind11 takes longer to compile than most kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
 
 #include "isa.h"
+#include "langevin.h"
+#include "mmd.h"
+#include "mmd_median.h"
+#include "nearest.h"
+#include "perceptual.h"
 
-void bind_langevin(pybind11::module_& m);
-void bind_mmd(pybind11::module_& m);
-void bind_mmd_median(pybind11::module_& m);
-void bind_nearest(pybind11::module_& m);
-void bind_perceptual(pybind11::module_& m);
+namespace py = pybind11;
+
+#include "langevin_bind.inl"
+#include "mmd_bind.inl"
+#include "mmd_median_bind.inl"
+#include "nearest_bind.inl"
+#include "perceptual_bind.inl"
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of fastgen; private, called by fastgen.ops.";

@@ -1,7 +1,5 @@
 #include "langevin.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,58 +18,23 @@
 #define FASTGEN_BODY "langevin.inl"
 #include "each_isa.h"
 
-namespace py = pybind11;
+namespace fastgen {
 
-void bind_langevin(py::module_& m) {
-    using namespace fastgen;
-    py::class_<LangevinStep>(m, "LangevinStep")
-        .def(py::init([](uintptr_t x, uintptr_t grad, uintptr_t lookahead, uintptr_t stats, uintptr_t chain_id,
-                         uintptr_t step_sizes, uintptr_t noise_scales, int64_t chains, int64_t elements, double step_size,
-                         double noise_scale, double precision, double grad_clip, double low, double high,
-                         double lookahead_size, bool noise_first, uint64_t seed, uint32_t step, int type, int threads) {
-            return LangevinStep{reinterpret_cast<void*>(x),
-                                reinterpret_cast<const void*>(grad),
-                                reinterpret_cast<void*>(lookahead),
-                                reinterpret_cast<double*>(stats),
-                                reinterpret_cast<const int64_t*>(chain_id),
-                                reinterpret_cast<const void*>(step_sizes),
-                                reinterpret_cast<const void*>(noise_scales),
-                                chains, elements, step_size, noise_scale, precision, grad_clip, low, high,
-                                lookahead_size, noise_first, seed, step, static_cast<Type>(type), threads};
-        }));
-    // Chains without elements keep their statistics and proposals to the caller.
-    m.def(
-        "langevin",
-        [](const LangevinStep& s) {
-            if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin, s);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "langevin_words",
-        [](const LangevinStep& s) {
-            if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin_words, s);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "langevin_accept",
-        [](const LangevinStep& s, uintptr_t proposal, uintptr_t proposal_grad, uintptr_t energy,
-           uintptr_t proposal_energy, uint32_t accept_step, uintptr_t log_alpha, uintptr_t accepted) {
-            const LangevinAccept a{s,
-                                   reinterpret_cast<const void*>(proposal),
-                                   reinterpret_cast<const void*>(proposal_grad),
-                                   reinterpret_cast<const double*>(energy),
-                                   reinterpret_cast<const double*>(proposal_energy),
-                                   accept_step,
-                                   reinterpret_cast<double*>(log_alpha),
-                                   reinterpret_cast<bool*>(accepted)};
-            if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin_accept, a);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "philox",
-        [](uintptr_t counter, int64_t count, uint64_t seed, uintptr_t words) {
-            FASTGEN_DISPATCH(philox_words, reinterpret_cast<const uint32_t*>(counter), count, seed,
-                             reinterpret_cast<uint32_t*>(words));
-        },
-        py::call_guard<py::gil_scoped_release>());
+// Chains without elements keep their statistics and proposals to the caller.
+void langevin(const LangevinStep& s) {
+    if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin, s);
 }
+
+void langevin_words(const LangevinStep& s) {
+    if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin_words, s);
+}
+
+void langevin_accept(const LangevinAccept& a) {
+    if (a.s.chains > 0 && a.s.elements > 0) FASTGEN_DISPATCH(langevin_accept, a);
+}
+
+void philox_words(const uint32_t* counter, int64_t count, uint64_t seed, uint32_t* words) {
+    FASTGEN_DISPATCH(philox_words, counter, count, seed, words);
+}
+
+}  // namespace fastgen

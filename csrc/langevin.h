@@ -33,4 +33,9 @@ struct LangevinAccept {
     bool* accepted;             // [chains]
 };
 
+void langevin(const LangevinStep& step);
+void langevin_words(const LangevinStep& step);  // the stream's raw words into x
+void langevin_accept(const LangevinAccept& end);
+void philox_words(const uint32_t* counter, int64_t count, uint64_t seed, uint32_t* words);  // [count, 4] each
+
 }  // namespace fastgen

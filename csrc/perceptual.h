@@ -33,4 +33,8 @@ struct FeatureDistance {
     int threads;
 };
 
+void lpips_layer(const LpipsLayer& layer);
+void lpips_project(const LpipsProject& layer);
+void feature_distance(const FeatureDistance& vectors);
+
 }  // namespace fastgen

@@ -1,11 +1,3 @@
-#include <pybind11/pybind11.h>
-
-#include <utility>
-
-#include "nearest.h"
-
-namespace py = pybind11;
-
 void bind_nearest(py::module_& m) {
     m.def(
         "nearest",

@@ -1,17 +1,10 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "mmd.h"
-
-namespace py = pybind11;
-
 namespace {
 
 // A tensor's address and whether it has a batch dimension; (0, false) for none.
 using Optional = std::pair<uintptr_t, bool>;
 
 template <class T>
-void run(uintptr_t x, uintptr_t y, Optional x_weight, Optional y_weight, Optional coefficients,
+void run_mmd(uintptr_t x, uintptr_t y, Optional x_weight, Optional y_weight, Optional coefficients,
          const std::vector<uintptr_t>& out, int64_t batch, int64_t n, int64_t m, int64_t d, const std::string& kind,
          const std::vector<double>& parameters, int estimator, int terms, int threads) {
     fastgen::MmdArguments<T> arguments{reinterpret_cast<const T*>(x),
@@ -45,6 +38,6 @@ void bind_mmd(py::module_& m) {
         "mmd(x, y, x_weight, y_weight, coefficients, [value, gx, gy], batch, n, m, d, kind, parameters, estimator, terms, "
         "threads): addresses of contiguous [batch, n, d] and [batch, m, d] points; (address, batched) of weights and "
         "coefficients, (0, False) for none; gx and gy may be missing.";
-    m.def("mmd_f32", &run<float>, doc);
-    m.def("mmd_f64", &run<double>, doc);
+    m.def("mmd_f32", &run_mmd<float>, doc);
+    m.def("mmd_f64", &run_mmd<double>, doc);
 }
