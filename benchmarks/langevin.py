@@ -23,7 +23,7 @@ SEED = 1  # of the peers' noise: with the inputs' seed, 0, the noise would be th
 SHAPES = {
     "demo": [(128, 3, 64, 64)],
     "quick": [(256, 3, 64, 64)],
-    "full": [(16, 3, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (128, 3, 64, 64), (1024, 3, 64, 64)],
+    "full": [(64, 3, 32, 32), (256, 3, 32, 32), (1024, 3, 64, 64)],
     "huge": [(16, 3, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (1024, 3, 64, 64), (4096, 3, 64, 64)],
 }
 CHAINS = {"demo": ["small"], "quick": ["small"], "full": ["small", "mid-size"], "huge": ["small", "mid-size"]}

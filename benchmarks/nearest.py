@@ -14,13 +14,17 @@ GRID = {
     "demo": [(4000, 40_000, 64)],
     "quick": [(2000, 20_000, 64), (10_000, 10_000, 64)],
     "full": [
-        *((n, n, 64) for n in (1000, 3000, 10_000, 30_000)),
-        *((10_000, 10_000, d) for d in (128, 784, 800)),
+        *((n, n, 64) for n in (1000, 3000, 10_000)),
+        (10_000, 10_000, 784),
         (4000, 40_000, 64),
-        (128, 100_000, 128),
     ],
 }
-GRID["huge"] = [*GRID["full"], *((n, n, d) for n in (100_000, 1_000_000) for d in (128, 800))]
+GRID["huge"] = [
+    *GRID["full"],
+    (30_000, 30_000, 64),
+    (128, 100_000, 128),
+    *((n, n, d) for n in (10_000, 100_000, 1_000_000) for d in (128, 800)),
+]
 # Rows that are drawn as they are searched, by chunks: no provider ever has them all.
 STREAMED = {
     "demo": [],

@@ -437,10 +437,11 @@ def works(scale: str) -> list[Work]:
     pixels = (64, 128, 256)
     found = [
         *(_epilogue_work(4, size, last) for size in pixels for last in (False, True)),
-        *(_lpips_work(net, 2, size) for net in NETS for size in pixels),
+        *(_lpips_work(net, 2, 64) for net in NETS),
+        _lpips_work("vgg", 2, 128),
         _step_work(64, 28),
-        _step_work(64, 32),
     ]
     if scale == "huge":
-        found += [_epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
+        found += [_lpips_work(net, 2, size) for net in NETS for size in (128, 256) if (net, size) != ("vgg", 128)]
+        found += [_step_work(64, 32), _epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
     return found
