@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,23 @@ def oracle(request: pytest.FixtureRequest) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels run on one instruction set after the other, as far as the processor has them."""
+    from fastgen.ops import backend
+
+    extension = backend.extension()
+    if extension is None:
+        pytest.skip("fastgen._C is not built")
+    before = extension.isa()
+    try:
+        extension.set_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    extension.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The C++ kernel for every instruction set, close to float64 at the sizes where blocks and tiles end."""
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -21,19 +20,6 @@ KERNELS = {
     "polynomial": ("polynomial", [3.0, 0.7, 1.0]),
     "polynomial_linear": ("polynomial", [1.0, 0.7, 0.0]),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    extension = backend.extension()
-    assert extension is not None
-    before = extension.isa()
-    try:
-        extension.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    extension.set_isa(before)
 
 
 @pytest.mark.parametrize("name", KERNELS)

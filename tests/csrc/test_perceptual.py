@@ -7,19 +7,6 @@ from fastgen.ops import backend
 from fastgen.ops import perceptual as ops
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    extension = backend.extension()
-    assert extension is not None
-    before = extension.isa()
-    try:
-        extension.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    extension.set_isa(before)
-
-
 def test_the_cpu_runs_them():
     assert backend.explain("perceptual", "cpu")[0] == "cpp"
 

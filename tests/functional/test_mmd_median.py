@@ -1,7 +1,5 @@
 """The median squared distance is the very element that sorting the whole matrix gives, and moves with its pair."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -25,19 +23,6 @@ def matrix(x: Tensor, y: Tensor) -> Tensor:
 
 def largest(distances: Tensor, rank: int) -> Tensor:
     return torch.topk(distances.flatten(), rank).values[-1]
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    extension = backend.extension()
-    assert extension is not None
-    before = extension.isa()
-    try:
-        extension.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    extension.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
