@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder where a file should be
+        print(f"fastgen: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fastgen: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -104,9 +107,11 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
         "enable_checkpointing",
         "default_root_dir",
         "barebones",
+        "fast_dev_run",
+        "overfit_batches",
     }
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
-    resumed = _stored(argv, parser) if _wants_resume(argv) else []
+    resumed = _stored(name, argv) if _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
     for needed in ("data", "out"):
         if getattr(parsed, needed) is None:
@@ -126,7 +131,7 @@ def _wants_resume(argv: list[str]) -> bool:
     return any(a == "--resume" or (a.startswith("--resume=") and a.lower() != "--resume=false") for a in argv)
 
 
-def _stored(argv: list[str], parser: Any) -> list[str]:
+def _stored(name: str, argv: list[str]) -> list[str]:
     """The arguments of the run that is resumed, before those on the command line."""
     from fastgen.models.run import Run
 
@@ -134,12 +139,16 @@ def _stored(argv: list[str], parser: Any) -> list[str]:
     out = out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
     if out is None or not (Path(out) / "run.json").exists():
         return []
-    record = Run(out).record
-    stored = [f"--data={record['data']}"]
-    for name, value in record["arguments"].items():
-        if value is not None:
-            stored.append(f"--{name}={json.dumps(value) if not isinstance(value, str) else value}")
-    return stored
+    run = Run(out)
+    if run.record["model"] != name:
+        raise UserError(f"model: the run in {out} has {run.record['model']!r}, got {name!r}")
+    values = {"data": run.record["data"], **run.record["arguments"]}
+    values |= {f"trainer.{key}": value for key, value in run.read("trainer.json").items()}
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+        if value is not None
+    ]
 
 
 def _open(path: str) -> tuple[Any, Any, Any]:
@@ -155,7 +164,10 @@ def _open(path: str) -> tuple[Any, Any, Any]:
     run = Run(path)
     chosen = model_class(run.record["model"])
     images = data.load(run.record["data"], on_disk=getattr(chosen, "on_disk", False))
-    return run, images, chosen.load(run, images)
+    try:
+        return run, images, chosen.load(run, images)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path / 'run.json'} does not fit its model: {error}") from None
 
 
 def sample(argv: list[str]) -> None:
@@ -172,6 +184,8 @@ def sample(argv: list[str]) -> None:
         raise UserError(f"out: expected a .png or .npy file, got {parsed.out}")
     if parsed.n < 1:
         raise UserError(f"n: expected at least 1, got {parsed.n}")
+    if not 0 <= parsed.seed < 2**31:
+        raise UserError(f"seed: expected an integer from 0 to 2**31 − 1, got {parsed.seed}")
     _, _, model = _open(parsed.run)
     images = model.sample(parsed.n, seed=parsed.seed)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -73,18 +73,21 @@ def load(source: str, *, on_disk: bool = False) -> Images:
     elif source.startswith("texture:"):
         return _texture(source)
     else:
-        path = Path(source).expanduser()
-        source = str(path.resolve())
+        expected = f"data: expected one of {', '.join(NAMES)}, a .npy file or a folder of images, got {source!r}"
+        try:
+            path = Path(source).expanduser()
+            found = source.strip() != "" and path.exists()
+            source = str(path.resolve())
+        except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a NUL in it
+            raise UserError(expected) from None
+        if not found:
+            raise UserError(expected)
         if path.is_dir():
             pixels, label = _folder(path), None
-        elif path.is_file() and on_disk:
+        elif on_disk:
             return _stored(source, path)
-        elif path.is_file():
-            pixels, label = _array(path), None
         else:
-            raise UserError(
-                f"data: expected one of {', '.join(NAMES)}, a .npy file or a folder of images, got {source!r}"
-            )
+            pixels, label = _array(path), None
     return _split(source, pixels, label)
 
 
@@ -162,7 +165,7 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         # Never unpickles: an object array is refused.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises a dozen kinds for a damaged header
         raise UserError(f"data: {path} cannot be read as a .npy array: {error}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"data: {path} is an archive of arrays; expected one array in a .npy file")
@@ -200,12 +203,20 @@ def _folder(path: Path) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as image:
-                arrays.append(np.asarray(image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")))
-        except OSError as error:
+                mode = image.mode
+                if mode.startswith("I;16"):  # pillow's own conversion to 8 bits cuts every value at 255
+                    arrays.append(np.asarray(image).astype(np.float32) / np.float32(65535))
+                elif mode not in ("I", "F"):
+                    arrays.append(np.asarray(image.convert("L" if mode in ("L", "1") else "RGB")))
+        except Exception as error:  # pillow raises a dozen kinds for a damaged file
             raise UserError(f"data: {file} cannot be read as an image: {error}") from None
-        if arrays[-1].shape != arrays[0].shape:
+        if mode in ("I", "F"):
+            raise UserError(f"data: {file}: expected 8 or 16 bits a channel, got pillow's mode {mode!r}")
+        one, first = arrays[-1], arrays[0]
+        if one.shape != first.shape or one.dtype != first.dtype:
             raise UserError(
-                f"data: expected images of one size: {file} is {arrays[-1].shape}, {files[0].name} {arrays[0].shape}"
+                f"data: expected images of one size and depth: {file} is {one.shape} {one.dtype}, {files[0].name} "
+                f"{first.shape} {first.dtype}"
             )
     stacked = np.stack(arrays)
     return _unit(path, stacked[:, None] if stacked.ndim == 3 else np.ascontiguousarray(np.moveaxis(stacked, 3, 1)))

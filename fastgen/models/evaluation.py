@@ -88,6 +88,8 @@ def measure_pixels(run: Run, model: Any, images: Images) -> dict[str, Any]:
     kid, precision, recall, density, coverage and two_sample as `metrics` defines them; nearest: mean squared distance
     from a test image to its nearest sample. Pixels judge shapes badly: compare runs by them, not models.
     """
+    if len(images.test) <= 5:
+        raise UserError(f"data: evaluation needs 30 images or more, {images.name} has {len(images.train)} to train on")
     start = time.perf_counter()
     real = images.test[:5000].flatten(1)
     fake = model.sample(len(real), seed=0).flatten(1)

@@ -28,6 +28,7 @@ class Run:
     <stage>/last.ckpt         the newest whole checkpoint of a stage
     logs/<stage>/version_*    metrics.csv, one folder a start
     seconds.json              seconds spent in each phase, summed over resumptions
+    trainer.json              options for Lightning's Trainer, which `--resume` takes up
     peak_rss.json             bytes of the largest resident set, by command
     """
 
@@ -39,6 +40,13 @@ class Run:
             raise UserError(f"{self.path} holds no run: expected a folder made by `fastgen train`") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'run.json'} cannot be read: {error}") from None
+        wanted = {"model": str, "data": str, "arguments": dict}
+        if not isinstance(self.record, dict) or any(
+            not isinstance(self.record.get(key), kind) for key, kind in wanted.items()
+        ):
+            raise UserError(
+                f"{self.path / 'run.json'} is not what `fastgen train` wrote: expected model, data, arguments"
+            )
 
     @classmethod
     def start(cls, path: str | os.PathLike[str], record: dict[str, Any], *, resume: bool) -> "Run":
@@ -60,7 +68,8 @@ class Run:
                         f"{key}: the run in {folder} has {old!r}, got {value!r}; leave it out to resume that run"
                     )
             return run
-        if folder.exists() and any(folder.iterdir()):
+        # A kill may have left the record's first part, before anything else was written.
+        if folder.exists() and any(file.name != "run.json.part" for file in folder.iterdir()):
             raise UserError(f"out: {folder} is not empty and holds no run: give another folder")
         if resume:
             raise UserError(f"resume: {folder} holds no run yet: leave --resume out to start one")
@@ -100,6 +109,7 @@ class Run:
             read_checkpoint(file)  # a file cut short is named before Lightning meets it
             found = str(file)
         options = dict(options)
+        self._note_options(options)
         if int(os.environ.get("WORLD_SIZE", "1")) > processes.size():
             raise UserError(f"this model trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         loggers = options.pop("logger", None) or []
@@ -120,10 +130,25 @@ class Run:
         if trainer.world_size > processes.size():
             joined = f"torchrun started {processes.size()}" if processes.size() > 1 else "this is one"
             raise UserError(f"trainer.devices: expected as many processes as run, {joined}; got {trainer.world_size}")
-        trainer.fit(module, loader, ckpt_path=found, weights_only=True)
+        try:
+            trainer.fit(module, loader, ckpt_path=found, weights_only=True)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(f"{file} does not fit the run's arguments or data: {error}") from None
         # Lightning returns as if all were well after Ctrl-C and SIGTERM.
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt
+        wrong = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
+        if wrong:
+            raise UserError(f"{stage}: training diverged, {wrong[0]} is not finite: start anew with a lower rate")
+
+    def _note_options(self, options: dict[str, Any]) -> None:
+        """Keep what a resumed run needs of the Trainer's options in trainer.json: the plain ones, but for display."""
+        plain = {
+            k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("enable")
+        }
+        write_json(self.path / "trainer.json", plain)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -151,7 +176,10 @@ class Run:
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; {} where it is not there."""
         file = self.path / name
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read: {error}; move it away") from None
         return found
 
 
@@ -181,6 +209,8 @@ class MidEpoch(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_number: int) -> None:
         if (batch_number + 1) % self.every == 0 and batch_number + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.file)
+            for logger in trainer.loggers:  # what was logged before the checkpoint is not logged again after it
+                logger.save()
 
 
 class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
@@ -244,7 +274,8 @@ def generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
 def read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        found["state_dict"]
+        if not isinstance(found["state_dict"], dict) or not isinstance(found["pytorch-lightning_version"], str):
+            raise TypeError("not Lightning's")
     except Exception as error:  # torch.load raises a dozen kinds for a file cut short
         raise UserError(
             f"{file} cannot be read as a checkpoint ({type(error).__name__}): it is cut short or of another kind; "

@@ -104,6 +104,14 @@ def _bad(tmp_path: Path, name: str) -> str:
         for i in range(12):
             Image.new("L", (4 + i // 11, 4)).save(tmp_path / f"{i}.png")
         return str(tmp_path)
+    elif name == "wide":
+        from PIL import Image
+
+        Image.new("I", (4, 4)).save(tmp_path / "0.tif")
+        (tmp_path / "0.tif").rename(tmp_path / "0.png")
+        return str(tmp_path)
+    elif name == "header":
+        file.write_bytes(b"\x93NUMPY\x01\x00\x00" + file.read_bytes()[9:] if file.exists() else b"PK\x03\x04cut")
     elif name == "broken-png":
         (tmp_path / "a.png").write_bytes(b"not a picture")
         return str(tmp_path)
@@ -125,6 +133,8 @@ def _bad(tmp_path: Path, name: str) -> str:
         ("few", "at least 10"),
         ("no-images", "no .png"),
         ("sizes", "one size"),
+        ("wide", "8 or 16 bits"),
+        ("header", "cannot be read as a .npy"),
         ("broken-png", "cannot be read as an image"),
         ("unknown", "expected one of mnist5k, digits"),
         ("texture:moss", "expected texture:brick or texture:grass or texture:gravel"),
@@ -136,3 +146,15 @@ def _bad(tmp_path: Path, name: str) -> str:
 def test_bad_sources(tmp_path: Path, name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         data.load(_bad(tmp_path, name))
+
+
+def test_sixteen_bits_are_not_cut_at_eight(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 65536, (12, 4, 4)).astype(np.uint16)
+    for i, one in enumerate(pixels):
+        Image.fromarray(one).save(tmp_path / f"{i:02}.png")
+    found = data.load(str(tmp_path))
+    every = torch.cat([found.train, found.test]).flatten().sort().values
+    expected = torch.from_numpy((pixels.astype(np.float32) / np.float32(65535)).flatten()).sort().values
+    assert torch.equal(every, expected)

@@ -74,6 +74,35 @@ def test_resume_takes_the_runs_own_arguments(run: Path, capsys: pytest.CaptureFi
     assert "latent_dim: the run in" in capsys.readouterr().err
 
 
+def test_resume_takes_up_the_trainers_options(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    start = ["train", "glann", "--data", "digits", "--out", str(out), *SMALL, "--trainer.limit_train_batches=0.5"]
+    assert main(start) == 0
+    assert json.loads((out / "trainer.json").read_text())["limit_train_batches"] == 0.5
+    steps = torch.load(out / "imle" / "last.ckpt", weights_only=True)["global_step"]
+    (out / "imle" / "last.ckpt").unlink()
+    assert main(["train", "glann", "--out", str(out), "--resume", "--trainer.enable_progress_bar=false"]) == 0
+    assert torch.load(out / "imle" / "last.ckpt", weights_only=True)["global_step"] == steps
+
+
+def test_a_run_that_is_damaged_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("[1]", "{}", '{"model": "glann", "data": "digits", "arguments": {"colour": 1}}'):
+        out = tmp_path / "damaged"
+        out.mkdir(exist_ok=True)
+        (out / "run.json").write_text(content)
+        assert main(["sample", str(out), "--out", str(tmp_path / "a.npy")]) == 2
+        assert "run.json" in capsys.readouterr().err
+    (out / "run.json").unlink()
+    (out / "run.json.part").write_text("{")  # what a kill can leave is no run
+    assert main(["train", "glann", "--data", "digits", "--out", str(out), *SMALL]) == 0
+
+
+def test_training_that_diverges_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--epochs=1", "--lr=1e30", "--trainer.enable_progress_bar=false"]
+    assert main(["train", "wae-mmd", "--data", "digits", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert "diverged" in capsys.readouterr().err
+
+
 def test_config_file(tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     lines = [flag.removeprefix("--").replace("=", ": ", 1) for flag in SMALL if not flag.startswith("--trainer")]
@@ -107,6 +136,12 @@ def test_config_file(tmp_path: Path) -> None:
         (["sample", "{tmp}/none", "--out", "{tmp}/a.png"], "holds no run"),
         (["sample", "{run}", "--out", "{tmp}/a.gif"], "expected a .png or .npy"),
         (["sample", "{run}", "--out", "{tmp}/a.png", "--n", "0"], "n: expected at least 1"),
+        (["sample", "{run}", "--out", "{tmp}/a.png", "--seed=-1"], "seed: expected an integer from 0"),
+        (["sample", "{run}", "--out", "{run}/run.json/a.npy"], "run.json"),
+        (["train", "wae-mmd", "--out", "{run}", "--resume"], "has 'glann', got 'wae-mmd'"),
+        (["train", "glann", "--data", "", "--out", "{tmp}/new"], "expected one of mnist5k, digits"),
+        (["train", "glann", "--data", "~nobody-at-all/x", "--out", "{tmp}/new"], "expected one of mnist5k, digits"),
+        (["train", "glann", "--data", "digits", "--out", "{run}/run.json/x"], "run.json"),
         (["evaluate", "{tmp}"], "holds no run"),
         (["info", "x"], "expected no arguments"),
     ],
