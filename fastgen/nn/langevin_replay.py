@@ -86,11 +86,11 @@ class ReplayBuffer(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Moves between devices, but never a cast: the storage's type is the buffer's own."""
-        dtype = self.storage.dtype
+        """Moves between devices, but never a cast: the storage's type is the buffer's own, and so are its contents."""
+        storage = self.storage
         super()._apply(fn, recurse)
-        if self.storage.dtype != dtype:
-            self.storage = self.storage.to(dtype)
+        if self.storage.dtype != storage.dtype:
+            self.storage = storage.to(self.storage.device)
         return self
 
     @torch.no_grad()

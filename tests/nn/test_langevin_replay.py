@@ -200,3 +200,10 @@ def test_gpu_draws_what_the_cpu_draws() -> None:
             assert torch.equal(gx.cpu(), x)
             on_cpu.update(index, x / 2)
             on_gpu.update(gindex, gx / 2)
+
+
+def test_a_cast_keeps_the_contents() -> None:
+    buffer = ReplayBuffer(4, (3,))
+    before = buffer.storage.clone()
+    for cast in (buffer.half(), buffer.to(torch.bfloat16), buffer.double()):
+        assert torch.equal(cast.storage, before)
