@@ -172,10 +172,15 @@ class LangevinSampler(nn.Module):
             for k in chains.steps():
                 if chains.started_from is not None:
                     energies.append(chains.started_from.clone() if x.is_cuda else chains.started_from)
-                kept, rest = divmod(k + 1 - self.burn_in, self.thin)
+                # A state that is to be reset is so only when the next step looks at it.
+                done, state = (k, chains.good_x) if chains.resets_late else (k + 1, chains.x)
+                kept, rest = divmod(done - self.burn_in, self.thin)
                 if trajectory is not None and kept > 0 and rest == 0:
-                    trajectory[:, kept - 1] = chains.x
+                    trajectory[:, kept - 1] = state
             chains.finish()
+            kept, rest = divmod(self.n_steps - self.burn_in, self.thin)
+            if trajectory is not None and chains.resets_late and kept > 0 and rest == 0:
+                trajectory[:, kept - 1] = chains.x
             energy = torch.stack(energies, dim=1) if energies else chains.energy.new_empty(len(x), 0)
         rate = chains.accepted.double() / self.n_steps if mala else None
         divergences = chains.divergences() if self.on_divergence == "reset" else []
@@ -244,6 +249,7 @@ class _Chains:
         self.sampler, self.first, self.chain_id, self.n_steps = sampler, first, chain_id, sampler.n_steps
         self.x = x.detach().clone(memory_format=torch.contiguous_format)
         self.mala, self.reset = sampler.method == "mala", sampler.on_divergence == "reset"
+        self.resets_late = self.reset and not self.mala
         self.eager_check = x.device.type == "cpu" and not self.reset
         self.seed: int | Tensor = seed
         self.step: int | Tensor = first
@@ -262,11 +268,13 @@ class _Chains:
         self.bad_energy = torch.zeros(count, dtype=torch.float64, device=x.device)
         if self.mala:
             energy, grad = sampler._gradient(self.x)
-            self.grad, self.proposal = grad.contiguous(), torch.empty_like(self.x)
+            # A copy: the gradient may be a buffer of the energy's, and steps write here.
+            self.grad = grad.clone(memory_format=torch.contiguous_format)
+            self.proposal = torch.empty_like(self.x)
             ok = energy.isfinite() & _finite(grad)
             self.energy = torch.where(ok, energy, math.nan)  # a start without a meaning is never left
             self.record(ok, energy, start=True)
-        elif self.reset:
+        elif self.resets_late:
             self.good_x, self.good_grad = self.x.clone(), torch.zeros_like(self.x)
 
     def steps(self) -> Iterator[int]:
@@ -348,8 +356,8 @@ class _Chains:
             energy, grad = sampler._gradient(self.x)
             if self.reset:
                 ok = energy.isfinite() & _finite(grad) & _finite(self.x)
+                self.record(ok, energy)  # before the state moves, which the energy may be a view of
                 grad = self.put_back(ok, grad, energy)
-                self.record(ok, energy)
                 energy = self.energy.to(energy.dtype)
             elif not (self.eager_check and math.isfinite(energy.sum())):  # a finite sum clears them all
                 self.record(energy.isfinite(), energy)
@@ -362,7 +370,7 @@ class _Chains:
         if self.started_from is not None and energy.is_cuda:
             self.started_from.copy_(energy)
         else:
-            self.started_from = energy.clone() if self.mala or energy.is_cuda else energy
+            self.started_from = energy.clone()  # it may be a view of the state that the step moves
 
     def put_back(self, ok: Tensor, grad: Tensor, energy: Tensor) -> Tensor:
         rows = ok.view([-1] + [1] * (self.x.ndim - 1))
@@ -389,7 +397,7 @@ class _Chains:
             return
         self.check_start()
         finite = _finite(self.x)
-        if self.reset and not self.mala and self.n_steps > 0:
+        if self.resets_late and self.n_steps > 0:
             rows = finite.view([-1] + [1] * (self.x.ndim - 1))
             self.x.copy_(torch.where(rows, self.x, self.good_x))
             self.record(finite, self.energy)
