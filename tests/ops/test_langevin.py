@@ -88,7 +88,6 @@ def test_layouts_in_place(name: str) -> None:
     assert x.data_ptr() == pointer
     assert torch.equal(x, plain)
     assert torch.equal(ahead, plain_ahead)
-    version = x._version
     NOISE(x, None, None, None, 3, 4)
     assert torch.equal(x, reference.normals(126, torch.arange(5), 3, 4).view(x.shape))
 
