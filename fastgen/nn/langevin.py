@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.langevin import langevin_step_
+from fastgen.functional.langevin import _number, langevin_step_
 from fastgen.functional.langevin_mala import langevin_accept_
 from fastgen.reference.langevin import STEPS
 
@@ -126,7 +126,8 @@ class LangevinSampler(nn.Module):
         schedule = self._schedule()
         h, s = schedule[0] if schedule else (1.0, 1.0)
         probe = [1.0 if isinstance(value, Tensor) else value for value in (h, s)]
-        self._step(torch.zeros(1, 1), torch.zeros(1, 1), *probe, seed=0, step=0)
+        x = torch.zeros(1, 1, dtype=torch.float64)
+        self._step(x, torch.zeros_like(x), *probe, seed=0, step=0)
 
     def extra_repr(self) -> str:
         names = ("step_size", "n_steps", "noise_scale", "prior_scale", "grad_clip", "clamp", "method")
@@ -160,6 +161,8 @@ class LangevinSampler(nn.Module):
             raise ValueError("x: expected [C, ...] with chains in dimension 0, got a 0-d tensor")
         if self.cuda_graph is True and not x.is_cuda:
             raise ValueError(f"cuda_graph: expected x on a CUDA device for cuda_graph=True, got it on {x.device}")
+        if chain_id is not None:
+            check.tensor("chain_id", chain_id, dtypes=(torch.int64,), ndim=(1,))
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         seed = check.integer("seed", seed, least=0, most=2**64 - 1)
@@ -190,7 +193,7 @@ class LangevinSampler(nn.Module):
             warnings.warn(f"LangevinSampler: chain {worst.chain} {text}{more}", stacklevel=2)
         return LangevinRun(chains.x, trajectory, energy, rate, chains.resets, divergences, step + self.n_steps)
 
-    def _schedule(self) -> list[tuple[Any, Any]]:
+    def _schedule(self, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
         """(η, s) of each step: numbers, tensors for each chain, or None for s = √(2η)."""
         columns = []
         for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale)):
@@ -202,12 +205,12 @@ class LangevinSampler(nn.Module):
                 rows = list(value)
             else:
                 columns.append([value] * max(self.n_steps, 1))
-                _scale(name, value, self.method)
+                _scale(name, value, self.method, dtype)
                 continue
             for k, row in enumerate(rows):
                 if isinstance(row, Tensor):
                     raise TypeError(f"{name}[{k}]: expected a number, got {check.describe(row)}")
-                _scale(f"{name}[{k}]", row, self.method)
+                _scale(f"{name}[{k}]", row, self.method, dtype)
             columns.append(rows)
         return list(zip(*columns, strict=False))
 
@@ -256,7 +259,7 @@ class _Chains:
         if x.is_cuda:  # where a captured step finds them
             self.seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=x.device)
             self.step = torch.tensor(first, device=x.device)
-        self.schedule = sampler._schedule()
+        self.schedule = sampler._schedule(torch.float64 if x.dtype == torch.float64 else torch.float32)
         self.energy = x.new_zeros(count, dtype=torch.float64)
         self.started_from: Tensor | None = None
         self.start_finite = _finite(self.x)
@@ -442,13 +445,13 @@ def _named(bad: Tensor) -> str:
     return f"{chains[0]}" + (f" and {len(chains) - 1} more" if len(chains) > 1 else "")
 
 
-def _scale(name: str, value: Any, method: str) -> None:
+def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
     """Numbers are checked when the sampler is made; a tensor of them when it lies on the CPU, without a wait."""
     if value is None and name == "noise_scale":
         return
     positive = name.startswith("step_size") or method == "mala"
     if not isinstance(value, Tensor):
-        check.number(name, value, above=0.0 if positive else None, least=None if positive else 0.0)
+        _number(name, value, dtype, **({"above": 0.0} if positive else {"least": 0.0}))
     elif value.device.type == "cpu":
         good = value.isfinite() & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
@@ -463,7 +466,11 @@ def _finite(x: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(energy: object) -> Iterator[None]:
-    parameters = [p for p in energy.parameters() if p.requires_grad] if isinstance(energy, nn.Module) else []
+    named = list(energy.named_parameters()) if isinstance(energy, nn.Module) else []
+    for name, parameter in named:
+        if parameter.requires_grad and parameter.is_inference():  # autograd refuses it, and it could not be restored
+            raise ValueError(f"energy: expected parameters made outside torch.inference_mode, got {name} made inside")
+    parameters = [p for _, p in named if p.requires_grad]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -248,6 +248,7 @@ def test_a_start_that_is_not_finite_is_named() -> None:
         ({"step_size": [0.1, 0.1]}, ValueError, "step_size: expected one number for each of 3 steps, got 2"),
         ({"step_size": lambda k: torch.tensor(0.1)}, TypeError, "step_size[0]: expected a number, got float32 []"),
         ({"step_size": torch.tensor([0.1, -0.2])}, ValueError, "step_size: expected finite numbers > 0, got -0.2"),
+        ({"step_size": 10**400}, ValueError, "step_size: expected a number finite in float64, got an integer of 1329"),
         ({"noise_scale": -0.1}, ValueError, "noise_scale: expected a finite number >= 0.0, got -0.1"),
         ({"noise_scale": lambda k: 0.1 - k}, ValueError, "noise_scale[1]: expected a finite number >= 0.0, got -0.9"),
         ({"noise_scale": 0.0, "method": "mala"}, ValueError, "noise_scale: expected a finite number > 0.0, got 0.0"),
@@ -289,6 +290,18 @@ def test_bad_energies_and_calls() -> None:
         sampler(quadratic)(start, chain_id=torch.arange(3))
     with pytest.raises(ValueError, match=r"step_size: expected one for each chain, \[2\], got \[3\]"):
         LangevinSampler(quadratic, step_size=torch.full((3,), 0.1), n_steps=1)(start)
+
+
+def test_bad_calls_and_modules_of_inference_mode() -> None:
+    sampler = LangevinSampler(quadratic, step_size=1e39, n_steps=1)  # fit for float64
+    with pytest.raises(ValueError, match=r"step_size: expected a number finite in float32, got 1e\+39"):
+        sampler(torch.zeros(2, 3), seed=0)
+    with pytest.raises(TypeError, match=r"chain_id: expected a torch.Tensor, got list"):
+        sampler(torch.zeros(2, 3), seed=0, chain_id=[0, 1])  # type: ignore[arg-type]
+    with torch.inference_mode():
+        energy = network()
+    with pytest.raises(ValueError, match=r"energy: expected parameters .* got 1.weight"):
+        LangevinSampler(energy, step_size=0.1, n_steps=1)(torch.zeros(2, 3, 4), seed=0)
 
 
 @pytest.mark.gpu
