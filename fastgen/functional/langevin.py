@@ -50,7 +50,7 @@ def langevin_step_(
             graph can advance.
         chain_id: [C] int64, the global number of each chain, >= 0; None is 0, 1, ..., C − 1.
         lookahead: (β, out) also writes x − β·(clip(∇U) + x/σ²) of the x before the step into `out`, like x: the
-            negatives of a derived wFRAME gradient.
+            negatives of a derived wFRAME gradient. x, out and stats each have memory of their own.
         stats: [C, 3] float32 or float64, overwritten in the same pass with, for each chain, ‖∇U‖₂ of the grad as given
             (its squares are summed in float64), the number of elements that clamp moved, and of those whose new value
             was NaN or infinite, before the clamp or as stored.
@@ -87,6 +87,7 @@ def langevin_step_(
     beta, out = 0.0, None
     if lookahead is not None:
         beta, out = _lookahead(lookahead, x)
+    _apart(x, grad, out, stats)
     key = _key(x, seed, step, chain_id)
     torch.ops.fastgen.langevin_step_(
         x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats,
@@ -131,7 +132,9 @@ def langevin_noise(
         shape: Sequence[int] = like.shape
         dtype, device = like.dtype if dtype is None else dtype, like.device if device is None else device
     else:
-        shape = like
+        if not isinstance(like, Sequence) or isinstance(like, str):
+            raise TypeError(f"like: expected a tensor or a shape, got {check.describe(like)}")
+        shape = [check.integer(f"like[{i}]", size, least=0) for i, size in enumerate(like)]
         dtype = torch.float32 if dtype is None else dtype
     if dtype not in check.FLOATS:
         raise TypeError(f"dtype: expected {' or '.join(map(check.short, check.FLOATS))}, got {dtype}")
@@ -156,13 +159,52 @@ def _like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}")
 
 
+def _apart(x: Tensor, grad: Tensor, out: Tensor | None, stats: Tensor | None) -> None:
+    """What is written shares no memory with anything else, but that grad may be x itself."""
+    if torch.compiler.is_compiling():  # there are no addresses
+        return
+    given = {"x": x, "grad": grad, "lookahead[1]": out, "stats": stats}
+    spans = {}
+    try:
+        for name, value in given.items():
+            if value is not None and value.numel() and (start := value.data_ptr()):
+                last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+                spans[name] = value, start, start + (last + 1) * value.element_size()
+    except RuntimeError:  # a tensor without memory, of a tracer
+        return
+    for written in ("stats", "lookahead[1]", "x"):
+        for name in spans:
+            if written not in spans or name == written:
+                continue
+            one, start, end = spans[written]
+            other, other_start, other_end = spans[name]
+            if start >= other_end or other_start >= end:
+                continue
+            like = one.dtype == other.dtype and one.stride() == other.stride() and one.shape == other.shape
+            if {written, name} == {"x", "grad"} and like and start == other_start:
+                continue
+            offset = (other_start - start) // one.element_size()
+            if not like or _meet(sorted(zip(one.stride(), one.shape, strict=True), reverse=True), offset):
+                raise ValueError(f"{written}: expected memory of its own, got some of {name}'s")
+
+
+def _meet(dimensions: list[tuple[int, int]], offset: int) -> bool:
+    """Whether two tensors of these (stride, size), largest first, share an element: they may be columns of one."""
+    if not dimensions:
+        return offset == 0
+    (stride, size), *rest = dimensions
+    if stride == 0 or size == 1:
+        return _meet(rest, offset)
+    return any(abs(k) < size and _meet(rest, offset - k * stride) for k in (offset // stride, offset // stride + 1))
+
+
 def _interval(clamp: Any) -> tuple[float, float]:
     if clamp is None:
         return -math.inf, math.inf
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
         raise TypeError(f"clamp: expected None or (low, high), got {check.describe(clamp)}")
-    low = -math.inf if clamp[0] is None else check.number("clamp[0]", clamp[0])
-    high = math.inf if clamp[1] is None else check.number("clamp[1]", clamp[1])
+    low = -math.inf if clamp[0] is None else _number("clamp[0]", clamp[0])
+    high = math.inf if clamp[1] is None else _number("clamp[1]", clamp[1])
     if low > high:
         raise ValueError(f"clamp: expected low <= high, got {clamp!r}")
     return low, high
@@ -177,19 +219,36 @@ def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach()
 
 
+def _number(name: str, value: Any, dtype: torch.dtype = torch.float64, **bounds: float) -> float:
+    """`check.number`, finite in `dtype` too."""
+    most = torch.finfo(dtype).max
+    if isinstance(value, (int, float)) and (most < value < math.inf or -math.inf < value < -most):
+        got = f"{value!r}" if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
+        raise ValueError(f"{name}: expected a number finite in {check.short(dtype)}, got {got}")
+    return check.number(name, value, **bounds)
+
+
 def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
         return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
-    return check.number(name, value, **bounds), None
+    return _number(name, value, _ops.compute_dtype(x.dtype), **bounds), None
 
 
 def _scales(
     x: Tensor, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any
 ) -> tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]:
     """(η and s for each chain, or None; η, s, 1/σ², c): the arguments as the ops want them."""
-    precision = 0.0 if prior_scale is None else 1.0 / check.number("prior_scale", prior_scale, above=0.0) ** 2
-    clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0)
+    compute = _ops.compute_dtype(x.dtype)
+    clip = math.inf if grad_clip is None else _number("grad_clip", grad_clip, above=0.0)
     h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
+    precision = 0.0
+    if prior_scale is not None:
+        square = _number("prior_scale", prior_scale, above=0.0) * prior_scale
+        precision = 1.0 / square if square else math.inf
+        if not max(1.0, h) * precision <= torch.finfo(compute).max:
+            raise ValueError(
+                f"prior_scale: expected 1/σ² and step_size/σ² finite in {check.short(compute)}, got {prior_scale!r}"
+            )
     if noise_scale is None:
         s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
     else:
@@ -210,7 +269,7 @@ def _statistics(stats: Any, x: Tensor) -> None:
 def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
     if not isinstance(lookahead, (tuple, list)) or len(lookahead) != 2:
         raise TypeError(f"lookahead: expected (beta, out), got {check.describe(lookahead)}")
-    beta = check.number("lookahead[0]", lookahead[0])
+    beta = _number("lookahead[0]", lookahead[0], _ops.compute_dtype(x.dtype))
     out = check.tensor("lookahead[1]", lookahead[1], dtypes=(x.dtype,))
     _like("lookahead[1]", out, "x", x)
     if out is x or (not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.langevin import langevin_step_
+from fastgen.functional.langevin import _number, langevin_step_
 from fastgen.functional.langevin_mala import langevin_accept_
 from fastgen.reference.langevin import STEPS
 
@@ -126,7 +126,8 @@ class LangevinSampler(nn.Module):
         schedule = self._schedule()
         h, s = schedule[0] if schedule else (1.0, 1.0)
         probe = [1.0 if isinstance(value, Tensor) else value for value in (h, s)]
-        self._step(torch.zeros(1, 1), torch.zeros(1, 1), *probe, seed=0, step=0)
+        x = torch.zeros(1, 1, dtype=torch.float64)
+        self._step(x, torch.zeros_like(x), *probe, seed=0, step=0)
 
     def extra_repr(self) -> str:
         names = ("step_size", "n_steps", "noise_scale", "prior_scale", "grad_clip", "clamp", "method")
@@ -160,6 +161,8 @@ class LangevinSampler(nn.Module):
             raise ValueError("x: expected [C, ...] with chains in dimension 0, got a 0-d tensor")
         if self.cuda_graph is True and not x.is_cuda:
             raise ValueError(f"cuda_graph: expected x on a CUDA device for cuda_graph=True, got it on {x.device}")
+        if chain_id is not None:
+            check.tensor("chain_id", chain_id, dtypes=(torch.int64,), ndim=(1,))
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         seed = check.integer("seed", seed, least=0, most=2**64 - 1)
@@ -172,10 +175,15 @@ class LangevinSampler(nn.Module):
             for k in chains.steps():
                 if chains.started_from is not None:
                     energies.append(chains.started_from.clone() if x.is_cuda else chains.started_from)
-                kept, rest = divmod(k + 1 - self.burn_in, self.thin)
+                # A state that is to be reset is so only when the next step looks at it.
+                done, state = (k, chains.good_x) if chains.resets_late else (k + 1, chains.x)
+                kept, rest = divmod(done - self.burn_in, self.thin)
                 if trajectory is not None and kept > 0 and rest == 0:
-                    trajectory[:, kept - 1] = chains.x
+                    trajectory[:, kept - 1] = state
             chains.finish()
+            kept, rest = divmod(self.n_steps - self.burn_in, self.thin)
+            if trajectory is not None and chains.resets_late and kept > 0 and rest == 0:
+                trajectory[:, kept - 1] = chains.x
             energy = torch.stack(energies, dim=1) if energies else chains.energy.new_empty(len(x), 0)
         rate = chains.accepted.double() / self.n_steps if mala else None
         divergences = chains.divergences() if self.on_divergence == "reset" else []
@@ -185,7 +193,7 @@ class LangevinSampler(nn.Module):
             warnings.warn(f"LangevinSampler: chain {worst.chain} {text}{more}", stacklevel=2)
         return LangevinRun(chains.x, trajectory, energy, rate, chains.resets, divergences, step + self.n_steps)
 
-    def _schedule(self) -> list[tuple[Any, Any]]:
+    def _schedule(self, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
         """(η, s) of each step: numbers, tensors for each chain, or None for s = √(2η)."""
         columns = []
         for name, value in (("step_size", self.step_size), ("noise_scale", self.noise_scale)):
@@ -197,12 +205,12 @@ class LangevinSampler(nn.Module):
                 rows = list(value)
             else:
                 columns.append([value] * max(self.n_steps, 1))
-                _scale(name, value, self.method)
+                _scale(name, value, self.method, dtype)
                 continue
             for k, row in enumerate(rows):
                 if isinstance(row, Tensor):
                     raise TypeError(f"{name}[{k}]: expected a number, got {check.describe(row)}")
-                _scale(f"{name}[{k}]", row, self.method)
+                _scale(f"{name}[{k}]", row, self.method, dtype)
             columns.append(rows)
         return list(zip(*columns, strict=False))
 
@@ -244,13 +252,14 @@ class _Chains:
         self.sampler, self.first, self.chain_id, self.n_steps = sampler, first, chain_id, sampler.n_steps
         self.x = x.detach().clone(memory_format=torch.contiguous_format)
         self.mala, self.reset = sampler.method == "mala", sampler.on_divergence == "reset"
+        self.resets_late = self.reset and not self.mala
         self.eager_check = x.device.type == "cpu" and not self.reset
         self.seed: int | Tensor = seed
         self.step: int | Tensor = first
         if x.is_cuda:  # where a captured step finds them
             self.seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=x.device)
             self.step = torch.tensor(first, device=x.device)
-        self.schedule = sampler._schedule()
+        self.schedule = sampler._schedule(torch.float64 if x.dtype == torch.float64 else torch.float32)
         self.energy = x.new_zeros(count, dtype=torch.float64)
         self.started_from: Tensor | None = None
         self.start_finite = _finite(self.x)
@@ -262,11 +271,13 @@ class _Chains:
         self.bad_energy = torch.zeros(count, dtype=torch.float64, device=x.device)
         if self.mala:
             energy, grad = sampler._gradient(self.x)
-            self.grad, self.proposal = grad.contiguous(), torch.empty_like(self.x)
+            # A copy: the gradient may be a buffer of the energy's, and steps write here.
+            self.grad = grad.clone(memory_format=torch.contiguous_format)
+            self.proposal = torch.empty_like(self.x)
             ok = energy.isfinite() & _finite(grad)
             self.energy = torch.where(ok, energy, math.nan)  # a start without a meaning is never left
             self.record(ok, energy, start=True)
-        elif self.reset:
+        elif self.resets_late:
             self.good_x, self.good_grad = self.x.clone(), torch.zeros_like(self.x)
 
     def steps(self) -> Iterator[int]:
@@ -348,8 +359,8 @@ class _Chains:
             energy, grad = sampler._gradient(self.x)
             if self.reset:
                 ok = energy.isfinite() & _finite(grad) & _finite(self.x)
+                self.record(ok, energy)  # before the state moves, which the energy may be a view of
                 grad = self.put_back(ok, grad, energy)
-                self.record(ok, energy)
                 energy = self.energy.to(energy.dtype)
             elif not (self.eager_check and math.isfinite(energy.sum())):  # a finite sum clears them all
                 self.record(energy.isfinite(), energy)
@@ -362,7 +373,7 @@ class _Chains:
         if self.started_from is not None and energy.is_cuda:
             self.started_from.copy_(energy)
         else:
-            self.started_from = energy.clone() if self.mala or energy.is_cuda else energy
+            self.started_from = energy.clone()  # it may be a view of the state that the step moves
 
     def put_back(self, ok: Tensor, grad: Tensor, energy: Tensor) -> Tensor:
         rows = ok.view([-1] + [1] * (self.x.ndim - 1))
@@ -389,7 +400,7 @@ class _Chains:
             return
         self.check_start()
         finite = _finite(self.x)
-        if self.reset and not self.mala and self.n_steps > 0:
+        if self.resets_late and self.n_steps > 0:
             rows = finite.view([-1] + [1] * (self.x.ndim - 1))
             self.x.copy_(torch.where(rows, self.x, self.good_x))
             self.record(finite, self.energy)
@@ -434,13 +445,13 @@ def _named(bad: Tensor) -> str:
     return f"{chains[0]}" + (f" and {len(chains) - 1} more" if len(chains) > 1 else "")
 
 
-def _scale(name: str, value: Any, method: str) -> None:
+def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
     """Numbers are checked when the sampler is made; a tensor of them when it lies on the CPU, without a wait."""
     if value is None and name == "noise_scale":
         return
     positive = name.startswith("step_size") or method == "mala"
     if not isinstance(value, Tensor):
-        check.number(name, value, above=0.0 if positive else None, least=None if positive else 0.0)
+        _number(name, value, dtype, **({"above": 0.0} if positive else {"least": 0.0}))
     elif value.device.type == "cpu":
         good = value.isfinite() & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
@@ -455,7 +466,11 @@ def _finite(x: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(energy: object) -> Iterator[None]:
-    parameters = [p for p in energy.parameters() if p.requires_grad] if isinstance(energy, nn.Module) else []
+    named = list(energy.named_parameters()) if isinstance(energy, nn.Module) else []
+    for name, parameter in named:
+        if parameter.requires_grad and parameter.is_inference():  # autograd refuses it, and it could not be restored
+            raise ValueError(f"energy: expected parameters made outside torch.inference_mode, got {name} made inside")
+    parameters = [p for _, p in named if p.requires_grad]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

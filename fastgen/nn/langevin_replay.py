@@ -1,11 +1,13 @@
 """Persistent chains for training energy-based models: a buffer of states that lives on the device."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import check
+from fastgen.functional.langevin import _number
 from fastgen.functional.langevin_mala import decision_words, fresh_normals, fresh_uniforms
 from fastgen.reference.langevin import STEPS
 
@@ -30,14 +32,15 @@ class ReplayBuffer(nn.Module):
         update(index, x): scatter back, x [n, *shape] of any float type, all of it finite.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or range; n > capacity; NaN or infinity in what is to be kept.
+        TypeError, ValueError: wrong type, shape or range; n > capacity; NaN or infinity in what is to be kept, as
+        stored; a state dict of another dtype or value_range.
 
     Notes:
         Deterministic: draw t is a function of (seed, t) alone, the same bits on CPU and GPU, whatever torch's
         generators have done; t counts the calls of `sample`, modulo 2²⁸ − 1. State, seed and t are in `state_dict`: a
-        run that was broken off goes on with the same draws. On a GPU `sample` waits for nothing, `update` for its
-        check. `to(device)` moves the buffer; a cast such as `half()` leaves the storage's type alone. Not
-        differentiable.
+        run that was broken off goes on with the same draws; value_range is there too, to be compared. On a GPU `sample`
+        waits for nothing, `update` for its check. `to(device)` moves the buffer; a cast such as `half()` leaves the
+        storage's type alone. Not differentiable.
 
     Source:
         Du and Mordatch, NeurIPS 2019, section 3.1; Grathwohl et al., ICLR 2020 (JEM: capacity 10,000, 5 %).
@@ -60,24 +63,32 @@ class ReplayBuffer(nn.Module):
     ) -> None:
         super().__init__()
         self.capacity = check.integer("capacity", capacity, least=1)
+        for name, given, meant in (("shape", shape, "sizes"), ("value_range", value_range, "(low, high)")):
+            if not isinstance(given, (tuple, list)):
+                raise TypeError(f"{name}: expected a tuple of {meant}, got {check.describe(given)}")
+        if len(value_range) != 2:
+            raise ValueError(f"value_range: expected (low, high), got {value_range!r}")
         self.shape = tuple(check.integer(f"shape[{i}]", size, least=1) for i, size in enumerate(shape))
         self.reinit_probability = check.number("reinit_probability", reinit_probability, least=0.0, most=1.0)
         self.init = check.choice("init", init, ("uniform", "normal"))
-        self.low, self.high = (check.number(f"value_range[{i}]", v) for i, v in enumerate(value_range))
+        # Values are made in float32.
+        self.low, self.high = (_number(f"value_range[{i}]", v, torch.float32) for i, v in enumerate(value_range))
         if not self.low < self.high:
             raise ValueError(f"value_range: expected low < high, got {value_range!r}")
+        _number("value_range: high - low", self.high - self.low, torch.float32)
         if dtype not in (torch.float32, torch.bfloat16, torch.uint8):
             raise TypeError(f"dtype: expected float32, bfloat16 or uint8, got {dtype}")
         if dtype == torch.uint8 and init == "normal":
             raise ValueError("dtype: expected float32 or bfloat16 for init='normal', which has no range, got uint8")
         seed = check.integer("seed", seed, least=0, most=2**64 - 1)
-        # The seed, and the number of draws made.
-        key = torch.tensor([seed - 2**64 if seed >= 2**63 else seed, 0], device=device)
-        self.register_buffer("key", key)
-        self.register_buffer("storage", torch.empty(capacity, *self.shape, dtype=dtype, device=device))
-        for first in range(0, capacity, 1024):  # the storage alone is large
-            index = torch.arange(first, min(first + 1024, capacity), device=device)
-            self.storage[index] = self._stored(self._fresh(index, torch.full_like(key[1], STEPS - 1)))
+        with torch.inference_mode(False), torch.no_grad():  # else nothing could be written outside of it
+            # The seed, and the number of draws made.
+            key = torch.tensor([seed - 2**64 if seed >= 2**63 else seed, 0], device=device)
+            self.register_buffer("key", key)
+            self.register_buffer("storage", torch.empty(capacity, *self.shape, dtype=dtype, device=device))
+            for first in range(0, capacity, 1024):  # the storage alone is large
+                index = torch.arange(first, min(first + 1024, capacity), device=device)
+                self.storage[index] = self._stored(self._fresh(index, torch.full_like(key[1], STEPS - 1)))
 
     def extra_repr(self) -> str:
         kept = check.short(self.storage.dtype)
@@ -86,11 +97,11 @@ class ReplayBuffer(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Moves between devices, but never a cast: the storage's type is the buffer's own."""
-        dtype = self.storage.dtype
+        """Moves between devices, but never a cast: the storage's type is the buffer's own, and so are its contents."""
+        storage = self.storage
         super()._apply(fn, recurse)
-        if self.storage.dtype != dtype:
-            self.storage = self.storage.to(dtype)
+        if self.storage.dtype != storage.dtype:
+            self.storage = storage.to(self.storage.device)
         return self
 
     @torch.no_grad()
@@ -119,9 +130,34 @@ class ReplayBuffer(nn.Module):
         for name, value in (("index", index), ("x", x)):
             if value.device != self.storage.device:
                 raise ValueError(f"{name}: expected the buffer's device, {self.storage.device}, got {value.device}")
-        if not bool((finite := x.isfinite().reshape(len(x), math.prod(self.shape)).all(dim=1)).all()):
-            raise ValueError(f"x: expected finite numbers, got NaN or infinity in row {int((~finite).nonzero()[0, 0])}")
-        self.storage.index_copy_(0, index, self._stored(x))
+        stored = self._stored(x)
+        kept = x if stored.dtype == torch.uint8 else stored  # a cast may overflow; uint8 is clamped
+        finite = kept.isfinite().reshape(len(x), math.prod(self.shape)).all(dim=1)
+        inside = (index >= 0) & (index < self.capacity)
+        if not bool((finite & inside).all()):
+            if not bool(inside.all()):
+                wrong = int(index[~inside][0])
+                raise ValueError(f"index: expected numbers >= 0 and <= {self.capacity - 1}, got {wrong}")
+            row, dtype = int((~finite).nonzero()[0, 0]), check.short(kept.dtype)
+            raise ValueError(f"x: expected finite numbers, got NaN or infinity in row {row}, as {dtype}")
+        self.storage.index_copy_(0, index, stored)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.low, self.high], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compared before anything was loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        storage = state_dict.get(name := f"{prefix}storage")
+        if isinstance(storage, Tensor):
+            check.tensor(name, storage, dtypes=(self.storage.dtype,))  # else torch would cast codes to values
+        # A state saved before the range was kept has none.
+        found = state_dict.setdefault(name := f"{prefix}_extra_state", self.get_extra_state())
+        check.tensor(name, found, dtypes=(torch.float64,), ndim=(1,))
+        if found.tolist() != [self.low, self.high]:
+            raise ValueError(f"{name}: expected the value_range {[self.low, self.high]}, got {found.tolist()}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _fresh(self, index: Tensor, draw: Tensor) -> Tensor:
         make = fresh_normals if self.init == "normal" else fresh_uniforms

@@ -26,6 +26,27 @@ torch.library.define(
     "int purpose=0) -> ()",
 )
 
+_LIBRARY = torch.library.Library("fastgen", "FRAGMENT")
+
+
+def bump_versions(name: str) -> None:
+    """Has autograd see what the op writes, so that a backward that needs the old values raises, as after `add_`."""
+    op = getattr(torch.ops.fastgen, name).default
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        # An inference tensor has no version.
+        tensors = [args[i] for i in written if args[i] is not None and not args[i].is_inference()]
+        torch.autograd.graph.increment_version(tensors)
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _LIBRARY.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+bump_versions("langevin_step_")
+bump_versions("langevin_noise_")
+
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 0}
 _UNSIGNED = 2**64 - 1
 

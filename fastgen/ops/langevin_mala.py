@@ -18,6 +18,7 @@ torch.library.define(
     "float step_size, float noise_scale, float precision, float grad_clip, SymInt seed, SymInt step) "
     "-> (Tensor, Tensor)",
 )
+ops.bump_versions("langevin_accept_")
 
 
 @torch.library.impl("fastgen::langevin_accept_", ("CPU", "CUDA"))

@@ -302,6 +302,13 @@ def test_no_gradients() -> None:
         ({"step": 2**28}, ValueError, f"step: expected an integer >= 0 and <= {2**28 - 1}, got {2**28}"),
         ({"chain_id": torch.arange(3)}, ValueError, "chain_id: expected one for each chain, [2], got [3]"),
         ({"chain_id": torch.zeros(2)}, TypeError, "chain_id: expected int64, got float32"),
+        ({"step_size": 10**400}, ValueError, "step_size: expected a number finite in float32, got an integer of 1329"),
+        ({"step_size": 1e39}, ValueError, "step_size: expected a number finite in float32, got 1e+39"),
+        ({"noise_scale": 1e39}, ValueError, "noise_scale: expected a number finite in float32, got 1e+39"),
+        ({"clamp": (0, 10**400)}, ValueError, "clamp[1]: expected a number finite in float64, got an integer of 1329"),
+        ({"prior_scale": 1e-200}, ValueError, "prior_scale: expected 1/σ² and step_size/σ² finite in float32, got"),
+        ({"prior_scale": 1e-30}, ValueError, "prior_scale: expected 1/σ² and step_size/σ² finite in float32"),
+        ({"prior_scale": 1e-15, "step_size": 1e10}, ValueError, "prior_scale: expected 1/σ² and step_size/σ² finite"),
         ({"lookahead": 0.1}, TypeError, "lookahead: expected (beta, out), got float 0.1"),
         ({"lookahead": (0.1, torch.zeros(2, 4))}, ValueError, "lookahead[1]: expected the shape of x, [2, 3], got"),
         ({"stats": torch.zeros(2, 2)}, ValueError, "stats: expected shape [2, 3], got [2, 2]"),
@@ -324,6 +331,46 @@ def test_lookahead_needs_a_tensor_of_its_own() -> None:
         F.langevin_step_(x, grad, step_size=0.1, seed=0, lookahead=(0.1, x[:]))
     with pytest.raises(TypeError, match=r"^dtype: expected .* got torch.int64"):
         F.langevin_noise((2, 3), seed=0, dtype=torch.int64)
+
+
+def test_memory_is_not_shared() -> None:
+    buffer = torch.arange(200.0)
+    x = buffer[:40].view(4, 10)
+    options: dict[str, Any] = {"step_size": 0.1, "seed": 0}
+    other = torch.ones(4, 10)
+    cases: list[tuple[str, str, Tensor, dict[str, Any]]] = [
+        ("x", "grad", buffer[10:50].view(4, 10), {}),
+        ("x", "grad", torch.zeros(0), {}),
+        ("lookahead[1]", "x", other, {"lookahead": (0.1, buffer[1:41].view(4, 10))}),
+        ("lookahead[1]", "grad", other, {"lookahead": (0.1, other)}),
+        ("stats", "x", other, {"stats": buffer[39:51].view(4, 3)}),
+        ("stats", "grad", other, {"stats": other.flatten()[:12].view(4, 3)}),
+    ]
+    square = torch.ones(4, 4)
+    for one, two, grad, given in cases:
+        before = buffer.clone()
+        state, slope = (square, square.t()) if not grad.numel() else (x, grad)
+        with pytest.raises(ValueError, match=re.escape(f"{one}: expected memory of its own, got some of {two}'s")):
+            F.langevin_step_(state, slope, **options, **given)
+        assert torch.equal(buffer, before)
+    expected = F.langevin_step_(x.clone(), x.clone(), **options)
+    assert torch.equal(F.langevin_step_(x, x[:], **options), expected)
+    columns = torch.ones(4, 2, 10)  # interleaved, but apart
+    F.langevin_step_(columns[:, 0], columns[:, 1], **options)
+    assert (columns[:, 1] == 1).all()
+
+
+def test_a_prior_too_wide_to_matter_is_none() -> None:
+    x, grad = draw(2, 3)
+    wide = F.langevin_step_(x.clone(), grad, step_size=0.1, seed=0, prior_scale=1e300)
+    assert torch.equal(wide, F.langevin_step_(x.clone(), grad, step_size=0.1, seed=0))
+
+
+def test_bad_shapes_of_noise() -> None:
+    with pytest.raises(ValueError, match=r"like\[0\]: expected an integer >= 0, got -1"):
+        F.langevin_noise((-1, 2), seed=0)
+    with pytest.raises(TypeError, match="like: expected a tensor or a shape, got int 3"):
+        F.langevin_noise(3, seed=0)  # type: ignore[arg-type]
 
 
 def test_one_graph_for_any_number_of_chains() -> None:

@@ -158,6 +158,11 @@ def test_a_resumed_run_goes_on_identically(dtype: torch.dtype) -> None:
         ({"reinit_probability": 1.5}, ValueError, "reinit_probability: expected a finite number >= 0.0 and <= 1.0"),
         ({"init": "data"}, ValueError, "init: expected one of 'uniform', 'normal', got 'data'"),
         ({"value_range": (1.0, 1.0)}, ValueError, "value_range: expected low < high, got (1.0, 1.0)"),
+        ({"shape": 3}, TypeError, "shape: expected a tuple of sizes, got int 3"),
+        ({"value_range": 1.0}, TypeError, "value_range: expected a tuple of (low, high), got float 1.0"),
+        ({"value_range": (1.0,)}, ValueError, "value_range: expected (low, high), got (1.0,)"),
+        ({"value_range": (0.0, 1e39)}, ValueError, "value_range[1]: expected a number finite in float32, got 1e+39"),
+        ({"value_range": (-3e38, 3e38)}, ValueError, "value_range: high - low: expected a number finite in float32"),
         ({"dtype": torch.float16}, TypeError, "dtype: expected float32, bfloat16 or uint8, got torch.float16"),
         ({"dtype": torch.uint8, "init": "normal"}, ValueError, "dtype: expected float32 or bfloat16 for init='normal'"),
         ({"seed": -1}, ValueError, "seed: expected an integer >= 0"),
@@ -178,6 +183,11 @@ def test_bad_calls() -> None:
     with pytest.raises(TypeError, match="index: expected int64, got float32"):
         buffer.update(torch.zeros(2), torch.zeros(2, 3))
     before = buffer.storage.clone()
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"index: expected numbers >= 0 and <= 3, got {wrong}"):
+            buffer.update(torch.tensor([0, wrong]), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="x: expected finite numbers, got NaN or infinity in row 0, as float32"):
+        buffer.update(torch.arange(1), torch.full((1, 3), 1e300, dtype=torch.float64))
     for bad in (math.nan, math.inf):
         x = torch.zeros(2, 3)
         x[1, 2] = bad
@@ -200,3 +210,32 @@ def test_gpu_draws_what_the_cpu_draws() -> None:
             assert torch.equal(gx.cpu(), x)
             on_cpu.update(index, x / 2)
             on_gpu.update(gindex, gx / 2)
+
+
+def test_a_cast_keeps_the_contents() -> None:
+    buffer = ReplayBuffer(4, (3,))
+    before = buffer.storage.clone()
+    for cast in (buffer.half(), buffer.to(torch.bfloat16), buffer.double()):
+        assert torch.equal(cast.storage, before)
+
+
+def test_a_state_of_another_meaning_is_refused() -> None:
+    codes, plain = ReplayBuffer(4, (3,), dtype=torch.uint8), ReplayBuffer(4, (3,))
+    before = plain.storage.clone()
+    with pytest.raises(TypeError, match="storage: expected float32, got uint8"):
+        plain.load_state_dict(codes.state_dict())
+    with pytest.raises(ValueError, match=r"expected the value_range \[-1.0, 1.0\], got \[-2.0, 1.0\]"):
+        plain.load_state_dict(ReplayBuffer(4, (3,), value_range=(-2.0, 1.0), seed=1).state_dict())
+    assert torch.equal(plain.storage, before)
+    old = ReplayBuffer(4, (3,), seed=1).state_dict()
+    del old["_extra_state"]
+    plain.load_state_dict(old)
+    assert torch.equal(plain.storage, old["storage"])
+
+
+def test_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        buffer = ReplayBuffer(4, (3,))
+    x, index = buffer.sample(2)
+    buffer.update(index, x + 1)
+    assert torch.equal(buffer.storage[index], x + 1)

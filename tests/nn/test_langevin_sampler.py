@@ -129,7 +129,10 @@ def test_a_diverging_chain_is_reset_and_reported() -> None:
         run = sampler.run(start, seed=0, step=7, return_trajectory=True)
     assert run.trajectory is not None
     assert run.trajectory.isfinite().all()
-    assert cliff(run.trajectory[:, -2]).isnan().any()
+    assert (
+        cliff(run.trajectory[:, :-1]).isfinite().all()
+    )  # a state off the cliff is not kept: what it was put back to is
+    assert torch.equal(run.trajectory[:, -1], run.x)
     # Naively: a state off the cliff is replaced by the one before it, then that one's step is taken with new noise.
     x, resets, first = start.clone(), torch.zeros(400, dtype=torch.int64), {}
     good = x.clone()
@@ -163,6 +166,48 @@ def test_reset_looks_at_gradients_and_the_last_state() -> None:
     )
     with pytest.warns(UserWarning, match="was reset at step 1"):
         assert torch.equal(burst(start / 2, seed=0), start / 2)
+
+
+def test_a_trajectory_keeps_what_a_reset_restores() -> None:
+    sampler = LangevinSampler(
+        lambda x: x.sum(1) * 3e38, step_size=3e38, noise_scale=0.0, n_steps=3, thin=2, burn_in=1, on_divergence="reset"
+    )
+    start = torch.full((2, 1), 0.5)
+    with pytest.warns(UserWarning, match="was reset"):
+        run = sampler.run(start, seed=0, return_trajectory=True)
+    assert run.trajectory is not None
+    assert torch.equal(run.trajectory, run.x[:, None])
+    assert torch.equal(run.x, start)
+
+
+@pytest.mark.parametrize("reset", ["raise", "reset"])
+def test_an_energy_that_is_a_view_of_the_state(reset: str) -> None:
+    run = LangevinSampler(lambda x: x[:, 0], step_size=0.5, noise_scale=0.0, n_steps=3, on_divergence=reset).run(
+        torch.zeros(2, 1, dtype=torch.float64), seed=0
+    )
+    assert run.energy.tolist() == [[0.0, -0.5, -1.0]] * 2
+
+
+def test_mala_leaves_the_gradient_of_the_energy_alone() -> None:
+    kept = torch.full((50, 1), 0.25)
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 0.25 * x.sum(1)
+
+        @staticmethod
+        def backward(ctx: Any, *slope: Tensor) -> Tensor:
+            return kept if bool((seen[-1] == 0).all()) else seen[-1] * 0 + 0.5
+
+    seen: list[Tensor] = []
+
+    def energy(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return Linear.apply(x)
+
+    LangevinSampler(energy, step_size=0.1, n_steps=2, method="mala")(torch.zeros(50, 1), seed=0)
+    assert (kept == 0.25).all()
 
 
 def test_mala_and_energies_without_a_meaning() -> None:
@@ -203,6 +248,7 @@ def test_a_start_that_is_not_finite_is_named() -> None:
         ({"step_size": [0.1, 0.1]}, ValueError, "step_size: expected one number for each of 3 steps, got 2"),
         ({"step_size": lambda k: torch.tensor(0.1)}, TypeError, "step_size[0]: expected a number, got float32 []"),
         ({"step_size": torch.tensor([0.1, -0.2])}, ValueError, "step_size: expected finite numbers > 0, got -0.2"),
+        ({"step_size": 10**400}, ValueError, "step_size: expected a number finite in float64, got an integer of 1329"),
         ({"noise_scale": -0.1}, ValueError, "noise_scale: expected a finite number >= 0.0, got -0.1"),
         ({"noise_scale": lambda k: 0.1 - k}, ValueError, "noise_scale[1]: expected a finite number >= 0.0, got -0.9"),
         ({"noise_scale": 0.0, "method": "mala"}, ValueError, "noise_scale: expected a finite number > 0.0, got 0.0"),
@@ -244,6 +290,18 @@ def test_bad_energies_and_calls() -> None:
         sampler(quadratic)(start, chain_id=torch.arange(3))
     with pytest.raises(ValueError, match=r"step_size: expected one for each chain, \[2\], got \[3\]"):
         LangevinSampler(quadratic, step_size=torch.full((3,), 0.1), n_steps=1)(start)
+
+
+def test_bad_calls_and_modules_of_inference_mode() -> None:
+    sampler = LangevinSampler(quadratic, step_size=1e39, n_steps=1)  # fit for float64
+    with pytest.raises(ValueError, match=r"step_size: expected a number finite in float32, got 1e\+39"):
+        sampler(torch.zeros(2, 3), seed=0)
+    with pytest.raises(TypeError, match=r"chain_id: expected a torch.Tensor, got list"):
+        sampler(torch.zeros(2, 3), seed=0, chain_id=[0, 1])
+    with torch.inference_mode():
+        energy = network()
+    with pytest.raises(ValueError, match=r"energy: expected parameters .* got 1.weight"):
+        LangevinSampler(energy, step_size=0.1, n_steps=1)(torch.zeros(2, 3, 4), seed=0)
 
 
 @pytest.mark.gpu

@@ -123,3 +123,20 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_schema_says_what_is_written() -> None:
     written = [a.name for a in STEP.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == ["x", "lookahead_out", "stats"]
+
+
+def test_writes_are_seen_by_autograd() -> None:
+    """A backward that needs the old values raises, as it does after `add_`."""
+    x, out, stats = torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 3)
+    weight = torch.ones(4, 1, requires_grad=True)
+    loss = (out @ weight).sum()
+    STEP(**arguments(x, torch.ones(3, 4), lookahead_out=out, stats=stats))
+    assert all(t._version > 0 for t in (x, out, stats))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    version = x._version
+    NOISE(x, None, None, None, 3, 4)
+    assert x._version > version
+    with torch.inference_mode():
+        inferred = torch.ones(3, 4)
+    STEP(**arguments(inferred, torch.ones(3, 4)))

@@ -149,3 +149,9 @@ def test_opcheck() -> None:
         opcheck(ACCEPT, (), arguments(tensors, None, **everything, **scales))
     written = [a.name for a in ACCEPT.default._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == ["x", "grad", "energy"]
+
+
+def test_writes_are_seen_by_autograd() -> None:
+    tensors = [t.clone() for t in proposed((3, 4), torch.float32, None)]
+    ACCEPT(**arguments(tensors, None))
+    assert [t._version > 0 for t in tensors] == [True] * 3 + [False] * 3
