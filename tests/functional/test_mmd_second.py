@@ -107,3 +107,11 @@ def test_non_finite_points_give_nan(run: str) -> None:
         (first,) = torch.autograd.grad(F.mmd(x, torch.randn(4, 3, dtype=torch.float64)), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
     assert second.isnan().any()
+
+
+@pytest.mark.parametrize("kernel", [F.Energy(), F.Laplacian((1e6,))])
+def test_rooted_kernels_of_close_points(kernel: F.Energy | F.Laplacian) -> None:
+    x, y = torch.tensor([[1.0], [3.0]], requires_grad=True), torch.tensor([[1.0001], [-2.0]])
+    (gradient,) = torch.autograd.grad(F.mmd(x, y, kernel=kernel), x, create_graph=True)
+    (product,) = torch.autograd.grad(gradient.sum(), x)
+    assert product.abs().max() < 1e-6  # on a line the distance has no second derivative
