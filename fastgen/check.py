@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,10 +64,14 @@ def number(
         + [f">= {least}"] * (least is not None)
         + [f"<= {most}"] * (most is not None)
     )
+    try:
+        wide = float(value)
+    except OverflowError:  # an integer beyond every float
+        wide = float("inf")
     inside = (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
-    if value - value != 0 or not inside:
+    if wide - wide != 0 or not inside:
         raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value!r}")
-    return float(value)
+    return wide
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
@@ -76,6 +81,17 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
         bounds = [f">= {least}"] * (least is not None) + [f"<= {most}"] * (most is not None)
         raise ValueError(f"{name}: expected an integer {' and '.join(bounds)}, got {value}")
     return value
+
+
+def no_tangent(what: str, *values: Any) -> None:
+    """Forward-mode AD passes through an op without a rule for it as if its inputs were constants: refused instead."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for value in values:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"fastgen {what}: forward-mode AD is not built; what works: reverse mode, as torch.autograd.grad"
+            )
 
 
 def not_built(name: str, value: Any, works: str) -> NoReturn:

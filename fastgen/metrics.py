@@ -46,6 +46,10 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
     check.tensor("real", real, ndim=(2,))
     check.tensor("fake", fake, ndim=(2,))
     check.same("fake", fake, "real", real)
+    check.integer("k", k, least=1)
+    check.integer("block", block, least=1)
+    if fake.shape[1] != real.shape[1]:
+        raise ValueError(f"fake: expected shape [M, {real.shape[1]}] to go with real, got {list(fake.shape)}")
     for name, points in (("real", real), ("fake", fake)):
         if len(points) <= k:
             raise ValueError(f"{name}: expected more than k = {k} points, got {len(points)}")
@@ -56,7 +60,9 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
         part = slice(start, start + block)
         for left in range(0, len(fake), block):
             other = slice(left, left + block)
-            distance = torch.cdist(real[part].double(), fake[other].double()).square()
+            # Subtracted, and rounded as the radii are: what is a tie there is one here.
+            pair = real[part].double(), fake[other].double()
+            distance = torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").square().float()
             hits[other] += (distance < real_radius[part, None]).sum(0)
             inside_fake[part] |= (distance < fake_radius[other]).any(1)
     covered = nearest(real, fake).distance[:, 0] < real_radius
@@ -123,6 +129,11 @@ class Certainty(NamedTuple):
 
 def certainty(logits: Tensor) -> Certainty:
     """logits: [N, classes] of a classifier of the data's own classes."""
+    check.tensor("logits", logits, ndim=(2,))
+    if logits.numel() == 0:
+        raise ValueError(f"logits: expected shape [N >= 1, classes >= 1], got {list(logits.shape)}")
+    if not logits.isfinite().all():
+        raise ValueError("logits: expected finite values, got NaN or infinity")
     probability = logits.softmax(1)
     share = probability.argmax(1).bincount(minlength=logits.shape[1]) / len(logits)
     return Certainty(float((probability.amax(1) > 0.9).double().mean()), float(share.min()))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.mmd_group import check_group, grouped
+from fastgen.functional.mmd_group import check_group, grouped, others
 from fastgen.functional.mmd_kernels import (
     IMQ,
     RBF,
@@ -165,12 +165,22 @@ def check_weight(name: str, weight: Any, points_name: str, points: Tensor) -> Te
     return weight
 
 
+def _taken_out(points: Tensor, weight: Tensor | None) -> Tensor:
+    """Points of no weight moved onto one that has some: wherever they lie, they do not move the common centre."""
+    if weight is None:
+        return points
+    weight = weight.detach().expand(points.shape[:-1])
+    kept = torch.take_along_dim(points.detach(), weight.argmax(-1, keepdim=True)[..., None], dim=-2)
+    return torch.where(weight[..., None] == 0, kept, points)
+
+
 def _shares(weight: Tensor | None, points: Tensor) -> Tensor:
     """Weights that sum to one in float64, [N] or [B, N]; NaN where they cannot."""
     if weight is None:
         n = points.shape[-2]
         return points.new_full((n,), 1 / n, dtype=torch.float64)
     weight = weight.detach().double()
+    weight = weight / weight.amax(-1, keepdim=True)  # whose sum cannot overflow
     good = (weight >= 0).all(-1, keepdim=True)
     return torch.where(good, weight / weight.sum(-1, keepdim=True), float("nan"))
 
@@ -181,12 +191,13 @@ def weighted(
     """p, q and the coefficients of XX, YY and XY."""
     p, q = _shares(x_weight, x), _shares(y_weight, y)
     # What is left of the weights' product once the pairs i = i are out: nothing, if one point has all the weight.
-    apart = [p.new_zeros(()) for _ in range(3)]
+    left = [p.new_ones(()) for _ in range(3)]
     if estimator != "biased":
-        apart[:2] = (p * p).sum(-1), (q * q).sum(-1)
+        rest = others(q)
+        left[:2] = (p * others(p)).sum(-1), (q * rest).sum(-1)
         if estimator == "u_statistic":
-            apart[2] = (p * q).sum(-1)
-    parts = [torch.where(share < 1, 1 / (1 - share), float("nan")) for share in apart]
+            left[2] = (p * rest).sum(-1)
+    parts = [torch.where(share > 0, 1 / share, float("nan")) for share in left]
     coefficients = torch.stack(torch.broadcast_tensors(*parts), -1)
     dtype = ops.accumulator(x.dtype)
     return p.to(dtype), q.to(dtype), coefficients
@@ -241,7 +252,9 @@ def mmd(
 
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
-        are expanded about the common centre of both samples; sums over pairs end in float64. Points that are not
+        are expanded about the common centre of both samples; sums over pairs end in float64. In float32 a squared
+        distance is off by about 2⁻²³·R², R being the largest distance from that centre (the Laplacian and energy
+        kernels excepted): for clusters far apart relative to the bandwidth take float64. Points that are not
         finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
         and O((N + M)·D) memory too. On a GPU, D > 128, float64 points, weights and the Laplacian, energy and polynomial
@@ -266,6 +279,7 @@ def compute(
     """`mmd`; where `y_term` is given, `own_term` of y, the sum over y's own pairs is not made again."""
     check.tensor("x", x, ndim=(2, 3))
     check.tensor("y", y, ndim=(2, 3))
+    check.no_tangent("mmd", x, y, x_weight, y_weight)
     if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
@@ -289,6 +303,7 @@ def compute(
     for name, weight, points_name, points in (("x_weight", x_weight, "x", x), ("y_weight", y_weight, "y", y)):
         if weight is not None:
             check_weight(name, weight, points_name, points)
+    x, y = _taken_out(x, x_weight), _taken_out(y, y_weight)
     if group is not None:
         return grouped(x, y, kind, parameters, estimator, precision, x_weight, y_weight, group)
     terms = ops.ALL if y_term is None else ops.ALL & ~2
@@ -305,12 +320,14 @@ def own_term(
 ) -> Tensor:
     """What y's own pairs add to `mmd`, a constant."""
     check.tensor("y", y, ndim=(2, 3))
+    check.no_tangent("mmd", y, weight)
     _check_count("y", y, estimator)
     kind, parameters = resolve(kernel)._op(y.shape[-1])
     options: Options = (kind, parameters, estimator, precision)
     if weight is None:
         return ops.value(y, y, *options, None, None, None, 1)
     check_weight("y_weight", weight, "y", y)
+    y = _taken_out(y, weight)
     q, _, coefficients = weighted(y, y, weight, weight, estimator)
     return ops.value(y, y, *options, q, q, coefficients, 1)
 

@@ -78,6 +78,14 @@ def _counts(x: Tensor, y: Tensor, weighted: bool, estimator: str, group: Any) ->
     return counts
 
 
+def others(p: Tensor, group: Any = None) -> Tensor:
+    """1 − p of weights that sum to one, made of the others' sum where one has most: the difference would cancel."""
+    small = p.masked_fill(p > 0.5, 0).sum(-1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(small, group=group)
+    return torch.where(p > 0.5, small, 1 - p)
+
+
 def _shares(
     x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, n: int, m: int, estimator: str, group: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -88,18 +96,22 @@ def _shares(
         (points.new_ones(points.shape[:-1], dtype=torch.float64) if w is None else w.double().expand(points.shape[:-1]))
         for points, w in ((x, x_weight), (y, y_weight))
     )
+    most = torch.stack([p.amax(-1), q.amax(-1)])
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    p, q = p / most[0][..., None], q / most[1][..., None]  # whose sum cannot overflow
     totals = torch.stack([p.sum(-1), q.sum(-1)])
     dist.all_reduce(totals, group=group)
     p, q = p / totals[0][..., None], q / totals[1][..., None]
-    apart = torch.stack(
-        [(p * p).sum(-1), (q * q).sum(-1), (p * q).sum(-1) if estimator == "u_statistic" else p.sum(-1)]
-    )
-    dist.all_reduce(apart, group=group)
+    rest = others(q, group)
+    left = torch.stack([(p * others(p, group)).sum(-1), (q * rest).sum(-1), p.sum(-1)])
+    if estimator == "u_statistic":
+        left[2] = (p * rest).sum(-1)
+    dist.all_reduce(left, group=group)
     if estimator == "biased":
-        apart = torch.zeros_like(apart)
+        left = torch.ones_like(left)
     elif estimator == "unbiased":
-        apart[2] = 0
-    a = torch.where(apart < 1, 1 / (1 - apart), float("nan")).movedim(0, -1)
+        left[2] = 1
+    a = torch.where(left > 0, 1 / left, float("nan")).movedim(0, -1)
     dtype = ops.accumulator(x.dtype)
     return p.to(dtype).contiguous(), q.to(dtype).contiguous(), a.contiguous()
 

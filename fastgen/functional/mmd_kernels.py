@@ -1,4 +1,4 @@
-"""The kernels of the maximum mean discrepancy, as their users name them."""
+"""The kernels of the maximum mean discrepancy, as users name them; positive parameters are from 1e-100 to 1e100."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,18 @@ from torch import Tensor
 from fastgen import check
 
 
+def _scale(name: str, value: Any) -> None:
+    # Products of three of them, and their inverses, are finite and above zero in float64.
+    check.number(name, value, above=0, least=1e-100, most=1e100)
+
+
 def _positive(name: str, values: Any) -> None:
     if isinstance(values, (str, Tensor)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a tuple of numbers, got {check.describe(values)}")
     if not values:
         raise ValueError(f"{name}: expected at least one number, got none")
     for v in values:
-        check.number(name, v, above=0)
+        _scale(name, v)
 
 
 def _bandwidths(given: tuple[float, ...] | None, d: int) -> Sequence[float]:
@@ -41,7 +46,7 @@ class IMQ:
     def __post_init__(self) -> None:
         _positive("scales", self.scales)
         if self.base is not None:
-            check.number("base", self.base, above=0)
+            _scale("base", self.base)
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         base = 2.0 * d if self.base is None else float(self.base)
@@ -124,7 +129,7 @@ class RationalQuadratic:
 
     def __post_init__(self) -> None:
         _positive("alphas", self.alphas)
-        check.number("lengthscale", self.lengthscale, above=0)
+        _scale("lengthscale", self.lengthscale)
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         return "rational_quadratic", [float(self.lengthscale), *map(float, self.alphas)]
@@ -149,7 +154,7 @@ class Polynomial:
     def __post_init__(self) -> None:
         check.integer("degree", self.degree, least=1)
         if self.gamma is not None:
-            check.number("gamma", self.gamma, above=0)
+            _scale("gamma", self.gamma)
         check.number("coef", self.coef, least=0)
 
     def _op(self, d: int) -> tuple[str, list[float]]:

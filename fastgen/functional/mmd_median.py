@@ -43,6 +43,7 @@ def median_squared_distance(
     `mmd_penalty` of github.com/tolstikhin/wae.
     """
     check.tensor("x", x, ndim=(2,))
+    check.no_tangent("median_squared_distance", x, y)
     if not isinstance(diagonal, bool):
         raise TypeError(f"diagonal: expected True or False, got {check.describe(diagonal)}")
     if y is None:

@@ -59,7 +59,9 @@ class MMDLoss(nn.Module):
 
     def _own_term(self, y: Tensor, y_weight: Tensor | None) -> Tensor:
         tensors = (y,) if y_weight is None else (y, y_weight)
-        versions = tuple(t._version for t in tensors)
+        # Options are attributes that may be set: the term is of the ones it was made with.
+        options = resolve(self.kernel)._op(y.shape[-1]), self.estimator, self.precision
+        versions = *(t._version for t in tensors), options
         if self._kept is not None:
             references, then, term = self._kept
             if then == versions and all(r() is t for r, t in zip(references, tensors, strict=True)):

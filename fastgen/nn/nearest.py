@@ -78,9 +78,11 @@ class VectorQuantizer(nn.Module):
         self.eps = check.number("eps", eps, above=0)
         self.commitment_weight = check.number("commitment_weight", commitment_weight, least=0)
         self.threshold_ema_dead_code = check.number("threshold_ema_dead_code", threshold_ema_dead_code, least=0)
+        if not isinstance(learnable_codebook, bool):
+            raise TypeError(f"learnable_codebook: expected True or False, got {check.describe(learnable_codebook)}")
         self.learnable_codebook, self.accept_image_fmap = learnable_codebook, accept_image_fmap
         self.sync_codebook = sync_codebook
-        self.seed = check.integer("seed", seed, least=0, most=2**62)
+        self.seed = check.integer("seed", seed, least=0, most=2**43)  # times 1,000,003 a seed
         if learnable_codebook and threshold_ema_dead_code > 0:
             raise ValueError("threshold_ema_dead_code: counts are kept of an averaging codebook alone; expected 0")
         entries = nn.init.kaiming_uniform_(torch.empty(codebook_size, dim))
@@ -107,7 +109,12 @@ class VectorQuantizer(nn.Module):
         indices = self._indices(flat)
         entries = self.codebook.to(flat.dtype).index_select(0, indices)
         loss = flat.new_zeros((), dtype=torch.float32)
-        if self.training:
+        if self.training and len(flat) == 0:
+            # The mean over nothing is NaN; an empty sum keeps the graph.
+            loss = (flat.sum() + entries.sum()).float()
+            if not (self.learnable_codebook or freeze_codebook):
+                self._average(flat.detach(), indices)  # where several processes average, this one takes part
+        elif self.training:
             loss = self.commitment_weight * tf.mse_loss(flat, entries.detach()).float()
             if self.learnable_codebook:
                 loss = loss + tf.mse_loss(entries, flat.detach()).float()
@@ -148,6 +155,8 @@ class VectorQuantizer(nn.Module):
         if together:
             dist.all_reduce(count)
             dist.all_reduce(total)
+        if len(flat) == 0 and not (together and bool(count.any())):
+            return  # nobody had a vector: nothing to average
         self.cluster_size.mul_(keep).add_(count, alpha=1 - keep)
         self.embed_avg.mul_(keep).add_(total.to(self.embed_avg.dtype), alpha=1 - keep)
         sum_ = self.cluster_size.sum()

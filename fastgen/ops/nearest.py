@@ -4,7 +4,7 @@ The search returns indices alone: they carry no gradient, so the op is whole wit
 chosen are made anew by the second op, which costs a k/M-th of the search.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -155,6 +155,15 @@ torch.library.impl("fastgen::nearest", "CPU", _nearest)
 torch.library.impl("fastgen::nearest", "CUDA", _nearest)
 torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance_cpu)
 torch.library.impl("fastgen::nearest_distance", "CUDA", reference.nearest_distance)
+
+
+def _vmap(*_: object) -> NoReturn:
+    # Torch's own fallback would lose the gradient of what is differentiated outside the vmap, without a word.
+    raise NotImplementedError("fastgen nearest: vmap is not built; what works: one query and database a call")
+
+
+torch.library.register_vmap("fastgen::nearest", _vmap)
+torch.library.register_vmap("fastgen::nearest_distance", _vmap)
 
 
 @torch.library.register_fake("fastgen::nearest")

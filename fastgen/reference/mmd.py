@@ -65,10 +65,10 @@ def value_grad(x: Tensor, y: Tensor, options: Options) -> tuple[Tensor, Tensor, 
 class _Problem:
     """Both samples as [B, N, D] in the precision that sums are made in, centred where only differences count."""
 
-    def __init__(self, x: Tensor, y: Tensor, options: Options) -> None:
+    def __init__(self, x: Tensor, y: Tensor, options: Options, *, wide: bool = False) -> None:
         self.out = accumulator(x.dtype)
         work = self.out
-        if x.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        if wide or (x.is_cuda and torch.get_float32_matmul_precision() != "highest"):
             work = torch.float64  # the user's TF32 is for layers: here it would be larger than the result
         n, m = x.shape[-2], y.shape[-2]
         self.x, self.y = (p.to(work).reshape(-1, *p.shape[-2:]) for p in (x, y))
@@ -130,7 +130,8 @@ def hessian_product(x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, options
     2 f′·(va − vb) + 4 f″ s·(a − b); with f of t = ⟨a, b⟩ it is f′·b, and changes by f′·vb + f″ (⟨va, b⟩ + ⟨a, vb⟩)·b.
     """
     with torch.autocast(x.device.type, enabled=False):
-        problem = _Problem(x, y, options)
+        # Between close points the two parts of a rooted kernel's second derivative cancel, to nothing in one dimension.
+        problem = _Problem(x, y, options, wide=options.kind in ROOTED)
         a, b = problem.x, problem.y
         va = vx.to(a.dtype).reshape(a.shape)
         vb = torch.zeros_like(b) if vy is None else vy.to(a.dtype).reshape(b.shape)

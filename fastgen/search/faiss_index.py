@@ -63,6 +63,8 @@ class FaissIndex:
             if one.type == "cuda" and not hasattr(self._faiss, "StandardGpuResources"):
                 check.not_built("device", str(one), "device='cpu' (the FAISS that is installed has no GPU support)")
         self._index: Any = None
+        self._inner: Any = None  # the index behind the centring
+        self._mean: np.ndarray | None = None
         self._resources: list[Any] = []
         self._parts: list[Any] = []
 
@@ -71,25 +73,30 @@ class FaissIndex:
 
     def train(self, points: Tensor | np.ndarray) -> "FaissIndex":
         """Fit the index (its clusters, its codes) and the centre to points [M, D]; "Flat" and HNSW need no call."""
-        rows = np.concatenate(list(self._blocks("points", points)))
+        raw = np.concatenate(list(self._raw("points", points)))
         if len(self):
             raise ValueError(f"points: expected training before the first add, got an index of {len(self)} rows")
-        self._build(rows)
+        self._build(raw)
         self._threads()
-        self._index.train(rows)
+        self._inner.train(self._centred(raw))
+        self._index.is_trained = self._inner.is_trained
         return self
 
     def add(self, points: Tensor | np.ndarray) -> "FaissIndex":
         """Append points [M, D]; their indices go on from the last. Where one is refused, none is added."""
-        for rows in self._blocks("points", points):
-            if self._index is None:
-                self._build(rows)
+        first = None
+        for raw in self._raw("points", points):  # all of them, before anything is built
+            first = raw if first is None else first
+        if self._index is None:
+            assert first is not None
+            self._build(first)
         if not self._index.is_trained:
             self._index = None if not len(self) else self._index
             raise ValueError(f"points: expected a trained index for spec {self.spec!r}: call train first")
         self._threads()
-        for rows in self._blocks("points", points):
-            self._index.add(rows)
+        for raw in self._raw("points", points):
+            self._inner.add(self._centred(raw))
+        self._index.ntotal = self._inner.ntotal
         return self
 
     def tune(self, parameters: str) -> "FaissIndex":
@@ -107,7 +114,7 @@ class FaissIndex:
         if k > len(self):
             raise ValueError(f"k: expected at most the {len(self)} rows of the index, got {k}")
         self._threads()
-        parts = [self._index.search(rows, k) for rows in self._blocks("query", query)]
+        parts = [self._inner.search(self._centred(raw), k) for raw in self._raw("query", query)]
         distance, index = (torch.from_numpy(np.concatenate(found)) for found in zip(*parts, strict=True))
         if (index < 0).any():
             short = int((index < 0).any(1).sum())
@@ -140,13 +147,23 @@ class FaissIndex:
             raise FileNotFoundError(f"path: expected a saved index, found no file {os.fspath(path)}")
         loaded = cls(f"loaded from {os.fspath(path)}", device)
         index = loaded._faiss.read_index(os.fspath(path))
-        loaded._index = loaded._place(index, loaded.devices[0])
+        if index.metric_type != loaded._faiss.METRIC_L2:
+            raise ValueError(
+                f"path: expected an index in squared L2, FAISS's metric {loaded._faiss.METRIC_L2}, "
+                f"got metric {index.metric_type} in {os.fspath(path)}"
+            )
+        loaded._index = loaded._inner = loaded._place(index, loaded.devices[0])
+        if isinstance(index, loaded._faiss.IndexPreTransform) and index.chain.size() == 1:
+            centring = loaded._faiss.downcast_VectorTransform(index.chain.at(0))
+            if isinstance(centring, loaded._faiss.CenteringTransform):
+                loaded._mean, loaded._inner = loaded._faiss.vector_to_array(centring.mean), loaded._index.index
         return loaded
 
-    def _build(self, rows: np.ndarray) -> None:
-        faiss, d = self._faiss, rows.shape[1]
-        centring = faiss.CenteringTransform(d)
-        faiss.copy_array_to_vector(rows.mean(0, dtype=np.float64).astype(np.float32), centring.mean)
+    def _build(self, raw: np.ndarray) -> None:
+        faiss, d = self._faiss, raw.shape[1]
+        self._mean = raw.mean(0, dtype=np.float64).astype(np.float32)
+        centring = faiss.CenteringTransform(d)  # what is saved; here _centred does its work
+        faiss.copy_array_to_vector(self._mean, centring.mean)
         centring.is_trained = True
         parts = [self._factory(d, one) for one in self.devices]
         index = parts[0]
@@ -157,6 +174,7 @@ class FaissIndex:
             self._parts = [faiss.IndexIDMap(part) if shards else part for part in parts]  # FAISS keeps bare pointers
             for part in self._parts:
                 index.add_shard(part) if shards else index.add_replica(part)
+        self._inner = index
         self._index = faiss.IndexPreTransform(centring, index)
         self._index.is_trained = index.is_trained
 
@@ -169,8 +187,12 @@ class FaissIndex:
         self._resources.append(self._faiss.StandardGpuResources())
         return self._faiss.index_cpu_to_gpu(self._resources[-1], device.index or 0, index)
 
-    def _blocks(self, name: str, points: Tensor | np.ndarray) -> Iterator[np.ndarray]:
-        """Finite float32 rows, `block` at a time."""
+    def _centred(self, raw: np.ndarray) -> np.ndarray:
+        """Float32 rows for the inner index; of float64 points, centred first: far from the origin they differ after."""
+        return np.ascontiguousarray(raw if self._mean is None else raw - self._mean, dtype=np.float32)
+
+    def _raw(self, name: str, points: Tensor | np.ndarray) -> Iterator[np.ndarray]:
+        """Rows that are finite in float32, `block` at a time, float64 where points are, else float32."""
         if isinstance(points, np.ndarray):
             if points.dtype not in (np.float32, np.float64, np.float16) or points.ndim != 2:
                 raise TypeError(
@@ -184,12 +206,11 @@ class FaissIndex:
             raise ValueError(f"{name}: expected shape [at least 1, {width}], got {list(points.shape)}")
         for start in range(0, len(points), self.block):
             part = points[start : start + self.block]
-            if isinstance(part, np.ndarray):
-                with np.errstate(over="ignore"):  # found below
-                    rows = np.ascontiguousarray(part, dtype=np.float32)
-            else:
-                rows = part.detach().float().cpu().contiguous().numpy()
-            finite = np.isfinite(rows).all(1)
+            if isinstance(part, Tensor):
+                part = part.detach().to(torch.promote_types(part.dtype, torch.float32)).cpu().contiguous().numpy()
+            rows = np.ascontiguousarray(part, dtype=np.promote_types(part.dtype, np.float32))
+            with np.errstate(over="ignore"):  # found here
+                finite = np.isfinite(rows.astype(np.float32, copy=False)).all(1)
             if not finite.all():
                 row = start + int(np.flatnonzero(~finite)[0])
                 raise ValueError(f"{name}: expected finite float32 values, got NaN or infinity in row {row}")

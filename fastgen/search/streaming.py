@@ -88,16 +88,18 @@ class StreamingNearest:
         check.same("chunk", chunk, "query", self._like)
         if chunk.shape[1] != self._like.shape[1]:
             raise ValueError(f"chunk: expected shape [M, {self._like.shape[1]}], got {list(chunk.shape)}")
-        self._next_id = start + len(chunk)
-        if len(chunk) == 0:
-            return self
-        if self._stream is None:
+        if start + len(chunk) > _LAST:
+            raise ValueError(f"first_id: expected ids below {_LAST}, got {start} for {len(chunk)} rows")
+        if len(chunk) and self._stream is None:
             self._search(chunk.detach(), start)
+        if len(chunk) == 0 or self._stream is None:
+            self._next_id = start + len(chunk)  # only now: a chunk that was refused has no ids
             return self
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         self._finish()
         self._waiting = (chunk.detach(), start, ready)
+        self._next_id = start + len(chunk)
         return self
 
     def result(self) -> Nearest:
@@ -139,15 +141,14 @@ class StreamingNearest:
             mask = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
             for rows in self._blocks:
                 mask &= ~rejected(self._load(rows), chunk, self._radius)
-        self._rows += len(chunk)
-        if mask is not None and not mask.any():
-            return
-        for rows in self._blocks:
+        best = []  # taken over as a whole: a chunk that is refused at a later block leaves no trace
+        for rows in self._blocks if mask is None or mask.any() else ():
             if self._radius is None or mask is not None:
                 found = nearest(self._load(rows), chunk, mask=mask)
             else:
                 found = nearest_or_none(self._load(rows), chunk, self._radius)
             found = Nearest(found.distance, torch.where(found.distance.isinf(), _LAST, found.index + start))
-            self._best.distance[rows], self._best.index[rows] = smaller(
-                Nearest(self._best.distance[rows], self._best.index[rows]), found
-            )
+            best.append((rows, smaller(Nearest(self._best.distance[rows], self._best.index[rows]), found)))
+        for rows, one in best:
+            self._best.distance[rows], self._best.index[rows] = one
+        self._rows += len(chunk)

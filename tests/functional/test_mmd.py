@@ -362,3 +362,26 @@ def test_on_the_gpu(name: str, estimator: str, precision: str, oracle: ModuleTyp
         F.mmd(c, y.cuda(), kernel=KERNELS[name], estimator=estimator, precision=precision).backward()
         assert c.grad is not None
         close(c.grad.cpu(), gx, 1e-4)
+
+
+def test_forward_mode_is_refused() -> None:
+    x, y = torch.randn(10, 3), torch.randn(10, 3)
+    for call in (F.mmd, F.energy_distance, F.wae_mmd, F.median_squared_distance):
+        with pytest.raises(NotImplementedError, match="forward-mode AD is not built"):
+            torch.func.jvp(lambda a, call=call: call(a, y), (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            call(x, y)  # without a tangent there is nothing to lose
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: F.RBF((1e-200,)), "bandwidths"),
+        (lambda: F.IMQ(base=10**400), "base"),
+        (lambda: F.RationalQuadratic(lengthscale=1e200), "lengthscale"),
+        (lambda: F.wae_mmd(torch.randn(4, 2), torch.randn(4, 2), prior_scale=1e200), "prior_scale"),
+    ],
+)
+def test_parameters_out_of_range_are_named(make: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -107,3 +107,14 @@ def test_non_finite_points_give_nan(run: str) -> None:
         (first,) = torch.autograd.grad(F.mmd(x, torch.randn(4, 3, dtype=torch.float64)), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
     assert second.isnan().any()
+
+
+@pytest.mark.parametrize("kernel", [F.Energy(), F.Laplacian((1.0,))])
+def test_rooted_kernels_of_close_points(kernel: F.Energy | F.Laplacian) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0001], [-2.0]])  # on a line −d has no second derivative
+        x, y = x.to(dtype).requires_grad_(), y.to(dtype)
+        (gradient,) = torch.autograd.grad(F.mmd(x, y, kernel=kernel), x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.sum(), x)[0].double())
+    assert torch.allclose(*found, rtol=1e-6, atol=1e-6)

@@ -116,3 +116,32 @@ def test_weights_that_are_not_finite_give_nan(bad: float) -> None:
     w = torch.ones(9)
     w[2] = bad
     assert F.mmd(torch.randn(9, 3), torch.randn(8, 3), x_weight=w).isnan()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_far_padding_of_no_weight_does_not_count(run: str) -> None:
+    x, y = torch.randn(2, 9, 3), torch.randn(2, 7, 3)
+    far = torch.cat([x, torch.full((2, 3, 3), 1e6)], 1).requires_grad_()
+    weight = torch.cat([torch.ones(2, 9), torch.zeros(2, 3)], 1)
+    with backend.force(run):
+        got = F.mmd(far, y, x_weight=weight)
+        got.sum().backward()
+        want = F.mmd(x, y)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert far.grad is not None
+    assert (far.grad[:, 9:] == 0).all()
+    assert (far.grad[:, :9] != 0).any()
+
+
+def test_weights_of_any_size() -> None:
+    x, y = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    p = torch.rand(6, dtype=torch.float64)
+    for estimator in ("unbiased", "biased", "u_statistic"):
+        want = F.mmd(x, y, estimator=estimator, x_weight=p)
+        assert torch.allclose(F.mmd(x, y, estimator=estimator, x_weight=p * 1e308), want, rtol=1e-12)
+    # One point has nearly all the weight: the pairs apart are that one with each of the others.
+    k = torch.zeros(2, dtype=torch.float64)
+    for i, tiny in enumerate((1e-8, 1e-18)):
+        weight = torch.tensor([1.0, tiny, tiny, tiny, tiny, tiny], dtype=torch.float64)
+        k[i] = F.mmd(x, y, x_weight=weight)
+    assert abs(float(k[0] - k[1])) < 1e-6

@@ -408,3 +408,13 @@ def test_gpu_equals_oracle(oracle, data, n, m, d, k):
     expected = oracle.nearest(query, database, k)
     got = F.nearest(query.cuda(), database.cuda(), k)
     assert_nearest(F.Nearest(got.distance.cpu(), got.index.cpu()), expected)
+
+
+def test_forward_mode_and_vmap_are_refused():
+    x, y = torch.randn(10, 3), torch.randn(12, 3)
+    with pytest.raises(NotImplementedError, match="forward-mode AD is not built"):
+        torch.func.jvp(lambda a: F.nearest(a, y).distance, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="vmap is not built"):
+        torch.vmap(lambda a: F.nearest(a, y).distance)(x[None])
+    with pytest.raises(NotImplementedError, match="vmap is not built"):
+        torch.vmap(lambda a: torch.ops.fastgen.nearest_distance(a, y, torch.zeros(10, 1, dtype=torch.int64)))(x[None])

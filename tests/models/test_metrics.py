@@ -51,7 +51,7 @@ def test_same_points_and_far_points() -> None:
     x = torch.randn(50, 4)
     same = metrics.manifold(x, x.clone())
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
-    assert 1 < same.density < 1.3  # each point also stands in its own ball
+    assert same.density == pytest.approx(1)  # its own ball's centre, and k − 1 nearer than the k-th
     assert metrics.manifold(x, x + 1000) == (0, 0, 0, 0)
 
 
@@ -109,3 +109,27 @@ def test_evaluation_without_labels_says_so(tmp_path: object) -> None:
     images = Images("x.npy", torch.rand(10, 1, 8, 8), torch.rand(4, 1, 8, 8))
     with pytest.raises(UserError, match=r"needs labels, x\.npy has none"):
         evaluate(None, None, images, name="glann")  # type: ignore[arg-type]
+
+
+def test_manifold_of_ties_and_far_from_the_origin() -> None:
+    real = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    fake = torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]])
+    assert metrics.manifold(real, fake, 1).precision == 0  # at the radius itself, √3, is not inside
+    points, other = torch.randn(40, 4).double(), torch.randn(30, 4).double()
+    offset = 1e8
+    moved, there = points + offset, other + offset
+    assert metrics.manifold(moved, there, 3) == metrics.manifold(moved - offset, there - offset, 3)
+
+
+def test_bad_arguments_are_named() -> None:
+    x = torch.randn(9, 3)
+    for arguments, says in (((x, x, 0), "k:"), ((x, x[:, :2]), "fake:")):
+        with pytest.raises(ValueError, match=says):
+            metrics.manifold(*arguments)
+    with pytest.raises(ValueError, match="block:"):
+        metrics.manifold(x, x, 2, block=0)
+    for logits in (x[0], x * torch.nan, x[:0]):
+        with pytest.raises(ValueError, match="logits:"):
+            metrics.certainty(logits)
+    with pytest.raises(TypeError, match="logits:"):
+        metrics.certainty(x.long())

@@ -90,3 +90,13 @@ def test_options_are_checked_at_once() -> None:
         nn.MMDLoss(cache_y=True)(torch.zeros(3, 2), 3)
     with pytest.raises(ValueError, match="y: expected at least 2 points"):
         nn.MMDLoss(cache_y=True)(torch.zeros(3, 2), torch.zeros(1, 2))
+
+
+def test_a_kept_term_is_of_its_options() -> None:
+    x, y = torch.randn(8, 3), torch.randn(9, 3)
+    loss = nn.MMDLoss(cache_y=True)
+    loss(x, y)
+    loss.kernel = F.RBF((0.5,))
+    assert torch.allclose(loss(x, y), F.mmd(x, y, kernel=F.RBF((0.5,))), atol=1e-6)
+    loss.estimator = "biased"
+    assert torch.allclose(loss(x, y), F.mmd(x, y, kernel=F.RBF((0.5,)), estimator="biased"), atol=1e-6)

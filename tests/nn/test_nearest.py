@@ -204,3 +204,22 @@ def test_two_processes_average_together(tmp_path: Path) -> None:
 def test_bad_input_is_named(make: object, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_an_empty_batch_changes_nothing(learnable: bool) -> None:
+    quantizer = nn.VectorQuantizer(3, 4, decay=0.0, learnable_codebook=learnable)
+    before = quantizer.codebook.detach().clone()
+    x = torch.empty(0, 3, requires_grad=True)
+    for _ in range(2):
+        loss = quantizer(x).loss
+        loss.backward()
+        assert float(loss.detach()) == 0
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_what_the_quantizer_refuses_when_made() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        nn.VectorQuantizer(3, 4, seed=2**62)
+    with pytest.raises(TypeError, match="learnable_codebook"):
+        nn.VectorQuantizer(3, 4, learnable_codebook=1)

@@ -160,3 +160,30 @@ def test_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"pip install 'fastgen\[faiss\]'"):
         FaissIndex()
+
+
+def test_another_metric_is_refused(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    path = str(tmp_path / "inner")
+    faiss.write_index(faiss.IndexFlatIP(3), path)
+    with pytest.raises(ValueError, match="squared L2"):
+        FaissIndex.load(path)
+
+
+def test_float64_far_from_the_origin(tmp_path):
+    pytest.importorskip("faiss")
+    points, query = torch.randn(50, 4).double() + 1e8, torch.randn(9, 4).double() + 1e8
+    index = FaissIndex().add(points)
+    index.save(tmp_path / "index")
+    for one in (index, FaissIndex.load(tmp_path / "index")):
+        assert torch.equal(one.search(query).index, F.nearest(query, points).index)
+
+
+def test_a_refused_add_builds_nothing():
+    pytest.importorskip("faiss")
+    points = torch.randn(8, 3)
+    points[6] = torch.nan
+    index = FaissIndex(block=4)
+    with pytest.raises(ValueError, match="row 6"):
+        index.add(points)
+    assert len(index.add(torch.randn(5, 2))) == 5  # of another width

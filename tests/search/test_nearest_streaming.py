@@ -118,3 +118,15 @@ def test_refuses():
         stream.update(torch.randn(2, 4), first_id=-1)
     with pytest.raises(ValueError, match="finite"):
         stream.update(torch.full((2, 4), torch.nan))
+
+
+def test_a_refused_chunk_leaves_no_trace():
+    query, chunk = torch.randn(4, 3), torch.randn(5, 3)
+    stream = StreamingNearest(query)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        stream.update(chunk * torch.nan)
+    with pytest.raises(ValueError, match="at least one chunk"):
+        stream.result()
+    assert torch.equal(stream.update(chunk).result().index, F.nearest(query, chunk).index)
+    with pytest.raises(ValueError, match="first_id"):
+        stream.update(chunk, first_id=2**63 - 3)
