@@ -106,7 +106,8 @@ class PerceptualLoss(nn.Module):
 
     Raises: ValueError or TypeError naming the argument; FileNotFoundError where the weights should be.
 
-    Notes: Gradients reach x, and target images that require them. Maps under autocast are compared in float32. Of a
+    Notes: Gradients reach x, target images that require them, and another module's parameters that do (from cached
+        targets nothing flows). Maps under autocast are compared in float32. Of a
         target, its maps and (C² numbers a layer) its Gram matrices are kept. Deterministic wherever the convolutions
         are.
 
@@ -190,7 +191,7 @@ class PerceptualLoss(nn.Module):
             images_of("target", target)
             if target.shape != x.shape:
                 raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
                 target = self.features(target)
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
@@ -201,11 +202,16 @@ class PerceptualLoss(nn.Module):
             weights = [self.pixel_weight, *self.layer_weight] if self.pixel_weight else self.layer_weight
             total = F.feature_distance(ours[:plain], theirs[:plain], distance=self.distance, layer_weight=weights)
         if self.style_layers:
-            weights = [self.style_weight * gram[0].numel() for gram in ours[plain:]]  # a sum, not a mean
+            weights = [self.style_weight * gram.shape[1] * gram.shape[2] for gram in ours[plain:]]  # a sum, not a mean
             style = F.feature_distance(ours[plain:], theirs[plain:], distance="l2", layer_weight=weights)
             total = style if total is None else total + style
         assert total is not None
         return total.mean() if self.reduction == "mean" else total
+
+
+def _needs_graph(images: Tensor, trunk: nn.Module) -> bool:
+    """Whether their maps need gradients: a trainable trunk's parameters get a share through either side."""
+    return images.requires_grad or any(parameter.requires_grad for parameter in trunk.parameters())
 
 
 def padded(images: Tensor, least: int | None) -> Tensor:
@@ -309,7 +315,7 @@ class GLANNLoss(nn.Module):
             images_of("target", target)
             if target.shape != x.shape:
                 raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
                 target = self.features(target)
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")

@@ -228,7 +228,7 @@ def _pointwise(x: Tensor, conv: nn.Conv2d, relu6: bool = False) -> Tensor:
     rows = torch.addmm(conv.bias, x.permute(0, 2, 3, 1).reshape(-1, c), conv.weight[:, :, 0, 0].t())
     if relu6:
         rows = tf.relu6(rows)  # in place, autograd would keep a copy
-    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 class _SameConv(nn.Conv2d):

@@ -97,6 +97,19 @@ def test_any_module_by_hooks(oracle):
         PerceptualLoss(net, layers=["unused"])(x, y)
 
 
+def test_a_trainable_trunk_gets_gradients_of_both_sides():
+    x, y = torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9, 9)
+    net = Net()
+    loss = PerceptualLoss(net, layers=["first", "second"], distance="l2")
+    got = torch.autograd.grad(loss(x, y).sum(), list(net.parameters()))
+    both = [(loss.features(image).maps) for image in (x, y)]
+    want = sum((a - b).square().mean((1, 2, 3)).sum() for a, b in zip(*both, strict=True))
+    for a, b in zip(got, torch.autograd.grad(want, list(net.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    net.requires_grad_(False)
+    assert not loss(x, y).requires_grad
+
+
 def test_compile(lite0):
     torch._dynamo.reset()
     loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0)
@@ -183,6 +196,7 @@ def test_style(oracle, lite0, layers):
         total = total + 3 * (grams[0] - grams[1]).square().sum((1, 2))
     (want,) = torch.autograd.grad(total.sum(), leaf)
     torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-7)
+    assert loss(x[:0], y[:0]).shape == (0,)
     default = PerceptualLoss(lite0, layers=style, style_weight=1.0)
     assert default.style_layers == style
 
