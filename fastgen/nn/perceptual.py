@@ -1,7 +1,8 @@
 """Perceptual losses with cached targets: any network's maps and Gram matrices, and GLANN's loss."""
 
+import numbers
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +31,11 @@ class Features:
         return Features(tuple(maps), self.maker)
 
     def __getitem__(self, rows: Any) -> "Features":
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
+        if isinstance(rows, numbers.Integral):  # numpy's too
+            row = int(rows)
+            if not -len(self) <= row < len(self):  # which also ends a `for` loop
+                raise IndexError(f"features: expected a row of {len(self)}, got {row}")
+            rows = slice(row, row + 1 or None)
         return self._of(f[rows] for f in self.maps)
 
     def __len__(self) -> int:
@@ -58,6 +62,13 @@ class Features:
         maker = None if self.maker is None else self.maker()
         if maker is not None:
             maker.entered.pop()  # type: ignore[union-attr, operator]
+
+
+def kept(maker: nn.Module, make: Callable[[], Features]) -> Features:
+    """What `make` gives, as a target of `maker`: detached, and fit for training though made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        maps = (f.clone() if f.is_inference() else f for f in make().maps)  # images may be the caller's own
+        return Features(tuple(maps), weakref.ref(maker))
 
 
 def entered_target(name: str, entered: list[Features]) -> Features:
@@ -160,6 +171,8 @@ class PerceptualLoss(nn.Module):
         unknown = [layer for layer in layers if layer not in names]
         if unknown or not layers:
             raise ValueError(f"{argument}: expected names of submodules of trunk, got {unknown or list(layers)}")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{argument}: each name once, got {list(layers)}")
         return layers
 
     def features(self, images: Tensor) -> Features:
@@ -174,14 +187,13 @@ class PerceptualLoss(nn.Module):
         grams = (F.gram_matrix(by_name[layer]) for layer in self.style_layers)
         return Features((*own, *(by_name[layer] for layer in self.layers), *grams))
 
-    @torch.no_grad()
     def target(self, y: Tensor, *, chunk: int | None = None) -> Features:
         """The maps of target images, detached, for `loss(x, features)`; `chunk` images pass the network at a time."""
         images_of("y", y)
         if chunk is None:
-            return Features(self.features(y).maps, weakref.ref(self))
+            return kept(self, lambda: self.features(y))
         check.integer("chunk", chunk, least=1)
-        return Features(Features.cat([self.features(part) for part in y.split(chunk)]).maps, weakref.ref(self))
+        return kept(self, lambda: Features.cat([self.features(part) for part in y.split(chunk)]))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         images_of("x", x)
@@ -293,19 +305,18 @@ class GLANNLoss(nn.Module):
         side = images.shape[2]
         if images.shape[3] != side or (side <= 64 and side not in _GLANN_LEVELS):
             raise ValueError(f"x: expected sides of 16, 28, 32, 64 or more pixels, got {list(images.shape[2:])}")
-        if side == 28:
-            images = padded(images, 32)
-        maps = [images, *self.trunk(images, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
+        inner = padded(images, 32) if side == 28 else images
+        # The images as they came: padded, cached ones of 28 pixels would pass for ones of 32.
+        maps = [images, *self.trunk(inner, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
         if side > 64:
             images = tf.avg_pool2d(images, 4)
             maps += [images, *self.trunk(images, _GLANN_LAYERS[4])]
         return Features(tuple(maps))
 
-    @torch.no_grad()
     def target(self, y: Tensor) -> Features:
         """The maps of target images, detached."""
         images_of("y", y)
-        return Features(self.features(y).maps, weakref.ref(self))
+        return kept(self, lambda: self.features(y))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         images_of("x", x)
@@ -320,9 +331,10 @@ class GLANNLoss(nn.Module):
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
         ours = self.features(x).maps
-        if len(ours) != len(target.maps):
+        if len(ours) != len(target.maps) or ours[0].shape[2:] != target.maps[0].shape[2:]:
             raise ValueError(f"target: expected features of images of {list(x.shape[2:])} pixels, got another size")
-        # Images count twice: |(2x − 1) − (2y − 1)|.
-        weights = [2.0 if k == 0 or (k == 6 and x.shape[2] > 64) else 1.0 for k in range(len(ours))]
+        # Images count twice: |(2x − 1) − (2y − 1)|. At 28 pixels their mean is over the padded 32.
+        pixels = 2.0 * (28 / 32) ** 2 if x.shape[2] == 28 else 2.0
+        weights = [pixels, *(2.0 if k == 6 and x.shape[2] > 64 else 1.0 for k in range(1, len(ours)))]
         loss = F.feature_distance(ours, target.maps, distance="l1", layer_weight=weights)
         return loss.mean() if self.reduction == "mean" else loss

@@ -1,5 +1,6 @@
 """PerceptualLoss: the number, cached targets, other people's networks, what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -138,6 +139,7 @@ def test_compile(lite0):
         ({"layers": "block0"}, TypeError, "layers: expected a sequence"),
         ({"layers": []}, ValueError, "layers"),
         ({"layers": ["block0", "block0"]}, ValueError, "each name once"),
+        ({"trunk": nn.Sequential(nn.Identity()), "layers": ["0", "0"]}, ValueError, "layers: each name once"),
         ({"layer_weight": [1.0]}, ValueError, "layer_weight: expected 3 numbers"),
         ({"distance": "cosine"}, ValueError, "distance"),
         ({"pixel_weight": -1.0}, ValueError, "pixel_weight"),
@@ -199,6 +201,28 @@ def test_style(oracle, lite0, layers):
     assert loss(x[:0], y[:0]).shape == (0,)
     default = PerceptualLoss(lite0, layers=style, style_weight=1.0)
     assert default.style_layers == style
+
+
+def test_rows_of_a_target(lite0):
+    target = PerceptualLoss(lite0, layers=LAYERS).target(torch.rand(3, 1, 9, 9))
+    rows = list(target)
+    assert [len(row) for row in rows] == [1, 1, 1]
+    assert torch.equal(target[np.int64(-1)].maps[0], rows[2].maps[0])
+    for row in (3, -4, np.int32(3)):
+        with pytest.raises(IndexError, match="features: expected a row of 3"):
+            target[row]
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_target_made_in_inference_mode_trains(lite0, chunk):
+    loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0, style_weight=1.0)
+    x = torch.rand(2, 1, 9, 9, requires_grad=True)
+    with torch.inference_mode():
+        y = torch.rand(2, 1, 9, 9)
+        target = loss.target(y, chunk=chunk)
+    assert not any(f.requires_grad for f in target.maps)
+    (grad,) = torch.autograd.grad(loss(x, target).sum(), x)
+    assert grad.abs().sum() > 0
 
 
 def test_inside_a_target(lite0):
@@ -272,6 +296,8 @@ def test_glann_errors():
     target = loss.target(torch.rand(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"target: expected features of images of \[28, 28\] pixels"):
         loss(torch.rand(1, 1, 28, 28), target)
+    with pytest.raises(ValueError, match=r"target: expected features of images of \[28, 28\] pixels"):
+        loss(torch.rand(1, 1, 28, 28), loss.target(torch.rand(1, 1, 32, 32)))
     with pytest.raises(ValueError, match="target: expected features of 2 images, got 1"):
         loss(torch.rand(2, 1, 16, 16), target)
     with pytest.raises(ValueError, match="reduction"):

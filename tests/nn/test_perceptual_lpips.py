@@ -93,6 +93,16 @@ def test_spatial(oracle):
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("spatial", [False, True])
+def test_targets_of_another_size_and_of_inference_mode(spatial):
+    lpips, x = LPIPS(pnet_rand=True, spatial=spatial), torch.rand(1, 3, 40, 40, requires_grad=True)
+    with pytest.raises(ValueError, match=r"in1: expected features of images of size \[40, 40\]"):
+        lpips(x, lpips.target(torch.rand(1, 3, 64, 64)))
+    with torch.inference_mode():
+        target = lpips.target(torch.rand(1, 3, 40, 40))
+    assert torch.autograd.grad(lpips(x, target).sum(), x)[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_state_dict_keys(net):
     keys = list(LPIPS(net=net, pnet_rand=True).state_dict())
