@@ -226,11 +226,11 @@ class LPIPS(nn.Module):
             assert isinstance(head, _Head)
             keys = (f"lin{k}", f"lin{k}.model.1.weight", f"lin{k}.model.0.weight")
             weight = next((state[key] for key in keys if key in state), None)
-            if weight is None or weight.numel() != head.weight.numel():
+            if not isinstance(weight, Tensor) or weight.numel() != head.weight.numel():
                 raise check.UserError(f"{path}: expected {keys[1]} with {head.weight.numel()} numbers")
             with torch.no_grad():
                 head.weight.copy_(weight.reshape(head.weight.shape))
-        trunk = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+        trunk = {key[4:]: value for key, value in state.items() if isinstance(key, str) and key.startswith("net.")}
         if trunk:
             trunks.load(self.net, trunk, str(path))
 

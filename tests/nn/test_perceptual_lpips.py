@@ -144,6 +144,11 @@ def test_head_files(tmp_path):
     heads = {key: value * 2 for key, value in full.items() if key.startswith("lin") and "lins" not in key}
     torch.save(heads, tmp_path / "heads.pth")
     torch.save(full, tmp_path / "full.pth")
+    torch.save({**heads, 0: 1, "lin0.model.1.weight": 3}, tmp_path / "number.pth")
+    with pytest.raises(check.UserError, match=r"number\.pth: expected lin0\.model\.1\.weight with 64 numbers"):
+        LPIPS(pnet_rand=True, model_path=tmp_path / "number.pth")
+    torch.save({**heads, 0: 1}, tmp_path / "odd.pth")
+    LPIPS(pnet_rand=True, model_path=tmp_path / "odd.pth")
     for dropout in (True, False):  # lpips leaves the heads random without dropout
         loaded = LPIPS(pnet_rand=True, use_dropout=dropout, model_path=tmp_path / "heads.pth")
         for a, b in zip(loaded.weights(), plain.weights(), strict=True):
