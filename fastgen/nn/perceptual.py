@@ -1,7 +1,8 @@
 """Perceptual losses with cached targets: any network's maps and Gram matrices, and GLANN's loss."""
 
+import numbers
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +31,11 @@ class Features:
         return Features(tuple(maps), self.maker)
 
     def __getitem__(self, rows: Any) -> "Features":
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
+        if isinstance(rows, numbers.Integral):  # numpy's too
+            row = int(rows)
+            if not -len(self) <= row < len(self):  # which also ends a `for` loop
+                raise IndexError(f"features: expected a row of {len(self)}, got {row}")
+            rows = slice(row, row + 1 or None)
         return self._of(f[rows] for f in self.maps)
 
     def __len__(self) -> int:
@@ -58,6 +62,13 @@ class Features:
         maker = None if self.maker is None else self.maker()
         if maker is not None:
             maker.entered.pop()  # type: ignore[union-attr, operator]
+
+
+def kept(maker: nn.Module, make: Callable[[], Features]) -> Features:
+    """What `make` gives, as a target of `maker`: detached, and fit for training though made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        maps = (f.clone() if f.is_inference() else f for f in make().maps)  # images may be the caller's own
+        return Features(tuple(maps), weakref.ref(maker))
 
 
 def entered_target(name: str, entered: list[Features]) -> Features:
@@ -106,7 +117,8 @@ class PerceptualLoss(nn.Module):
 
     Raises: ValueError or TypeError naming the argument; FileNotFoundError where the weights should be.
 
-    Notes: Gradients reach x, and target images that require them. Maps under autocast are compared in float32. Of a
+    Notes: Gradients reach x, target images that require them, and another module's parameters that do (from cached
+        targets nothing flows). Maps under autocast are compared in float32. Of a
         target, its maps and (C² numbers a layer) its Gram matrices are kept. Deterministic wherever the convolutions
         are.
 
@@ -159,6 +171,8 @@ class PerceptualLoss(nn.Module):
         unknown = [layer for layer in layers if layer not in names]
         if unknown or not layers:
             raise ValueError(f"{argument}: expected names of submodules of trunk, got {unknown or list(layers)}")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{argument}: each name once, got {list(layers)}")
         return layers
 
     def features(self, images: Tensor) -> Features:
@@ -173,14 +187,13 @@ class PerceptualLoss(nn.Module):
         grams = (F.gram_matrix(by_name[layer]) for layer in self.style_layers)
         return Features((*own, *(by_name[layer] for layer in self.layers), *grams))
 
-    @torch.no_grad()
     def target(self, y: Tensor, *, chunk: int | None = None) -> Features:
         """The maps of target images, detached, for `loss(x, features)`; `chunk` images pass the network at a time."""
         images_of("y", y)
         if chunk is None:
-            return Features(self.features(y).maps, weakref.ref(self))
+            return kept(self, lambda: self.features(y))
         check.integer("chunk", chunk, least=1)
-        return Features(Features.cat([self.features(part) for part in y.split(chunk)]).maps, weakref.ref(self))
+        return kept(self, lambda: Features.cat([self.features(part) for part in y.split(chunk)]))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         images_of("x", x)
@@ -190,7 +203,7 @@ class PerceptualLoss(nn.Module):
             images_of("target", target)
             if target.shape != x.shape:
                 raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
                 target = self.features(target)
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
@@ -201,11 +214,16 @@ class PerceptualLoss(nn.Module):
             weights = [self.pixel_weight, *self.layer_weight] if self.pixel_weight else self.layer_weight
             total = F.feature_distance(ours[:plain], theirs[:plain], distance=self.distance, layer_weight=weights)
         if self.style_layers:
-            weights = [self.style_weight * gram[0].numel() for gram in ours[plain:]]  # a sum, not a mean
+            weights = [self.style_weight * gram.shape[1] * gram.shape[2] for gram in ours[plain:]]  # a sum, not a mean
             style = F.feature_distance(ours[plain:], theirs[plain:], distance="l2", layer_weight=weights)
             total = style if total is None else total + style
         assert total is not None
         return total.mean() if self.reduction == "mean" else total
+
+
+def _needs_graph(images: Tensor, trunk: nn.Module) -> bool:
+    """Whether their maps need gradients: a trainable trunk's parameters get a share through either side."""
+    return images.requires_grad or any(parameter.requires_grad for parameter in trunk.parameters())
 
 
 def padded(images: Tensor, least: int | None) -> Tensor:
@@ -287,19 +305,18 @@ class GLANNLoss(nn.Module):
         side = images.shape[2]
         if images.shape[3] != side or (side <= 64 and side not in _GLANN_LEVELS):
             raise ValueError(f"x: expected sides of 16, 28, 32, 64 or more pixels, got {list(images.shape[2:])}")
-        if side == 28:
-            images = padded(images, 32)
-        maps = [images, *self.trunk(images, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
+        inner = padded(images, 32) if side == 28 else images
+        # The images as they came: padded, cached ones of 28 pixels would pass for ones of 32.
+        maps = [images, *self.trunk(inner, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
         if side > 64:
             images = tf.avg_pool2d(images, 4)
             maps += [images, *self.trunk(images, _GLANN_LAYERS[4])]
         return Features(tuple(maps))
 
-    @torch.no_grad()
     def target(self, y: Tensor) -> Features:
         """The maps of target images, detached."""
         images_of("y", y)
-        return Features(self.features(y).maps, weakref.ref(self))
+        return kept(self, lambda: self.features(y))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         images_of("x", x)
@@ -309,14 +326,15 @@ class GLANNLoss(nn.Module):
             images_of("target", target)
             if target.shape != x.shape:
                 raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
                 target = self.features(target)
         elif len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
         ours = self.features(x).maps
-        if len(ours) != len(target.maps):
+        if len(ours) != len(target.maps) or ours[0].shape[2:] != target.maps[0].shape[2:]:
             raise ValueError(f"target: expected features of images of {list(x.shape[2:])} pixels, got another size")
-        # Images count twice: |(2x − 1) − (2y − 1)|.
-        weights = [2.0 if k == 0 or (k == 6 and x.shape[2] > 64) else 1.0 for k in range(len(ours))]
+        # Images count twice: |(2x − 1) − (2y − 1)|. At 28 pixels their mean is over the padded 32.
+        pixels = 2.0 * (28 / 32) ** 2 if x.shape[2] == 28 else 2.0
+        weights = [pixels, *(2.0 if k == 6 and x.shape[2] > 64 else 1.0 for k in range(1, len(ours)))]
         loss = F.feature_distance(ours, target.maps, distance="l1", layer_weight=weights)
         return loss.mean() if self.reduction == "mean" else loss

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
-from fastgen.nn.perceptual import Features, entered_target, images_of
+from fastgen.nn.perceptual import Features, entered_target, images_of, kept
 from fastgen.reference import perceptual as reference
 
 HEADS = Path(__file__).parent / "lpips_heads"
@@ -227,11 +226,11 @@ class LPIPS(nn.Module):
             assert isinstance(head, _Head)
             keys = (f"lin{k}", f"lin{k}.model.1.weight", f"lin{k}.model.0.weight")
             weight = next((state[key] for key in keys if key in state), None)
-            if weight is None or weight.numel() != head.weight.numel():
+            if not isinstance(weight, Tensor) or weight.numel() != head.weight.numel():
                 raise check.UserError(f"{path}: expected {keys[1]} with {head.weight.numel()} numbers")
             with torch.no_grad():
                 head.weight.copy_(weight.reshape(head.weight.shape))
-        trunk = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+        trunk = {key[4:]: value for key, value in state.items() if isinstance(key, str) and key.startswith("net.")}
         if trunk:
             trunks.load(self.net, trunk, str(path))
 
@@ -290,11 +289,10 @@ class LPIPS(nn.Module):
             maps = [f.clone() for f in maps]
         return maps if use is None else [use(k, f) for k, f in enumerate(maps)]
 
-    @torch.no_grad()
     def target(self, images: Tensor, normalize: bool = False) -> Features:
         """`features`, detached: compare with them as often as you like, `lpips(x, target)`, or `lpips(x)` inside
         `with lpips.target(images):`."""
-        return Features(self.features(images, normalize).maps, weakref.ref(self))
+        return kept(self, lambda: self.features(images, normalize))
 
     def forward(
         self, in0: Tensor, in1: Tensor | Features | None = None, retPerLayer: bool = False, normalize: bool = False
@@ -316,6 +314,11 @@ class LPIPS(nn.Module):
         theirs: Sequence[Tensor] = ()
 
         def share(k: int, f0: Tensor) -> Tensor:
+            if theirs[k].shape[1:] != f0.shape[1:]:
+                raise ValueError(
+                    f"in1: expected features of images of size {list(in0.shape[2:])} of the same net, "
+                    f"got maps of {list(theirs[k].shape[1:])} for {list(f0.shape[1:])}"
+                )
             f0, f1 = (f if len(f) == samples else f.expand(samples, -1, -1, -1) for f in (f0, theirs[k]))
             return self._layer(k, f0, f1, weights[k], in0)
 

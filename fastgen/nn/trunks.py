@@ -228,7 +228,7 @@ def _pointwise(x: Tensor, conv: nn.Conv2d, relu6: bool = False) -> Tensor:
     rows = torch.addmm(conv.bias, x.permute(0, 2, 3, 1).reshape(-1, c), conv.weight[:, :, 0, 0].t())
     if relu6:
         rows = tf.relu6(rows)  # in place, autograd would keep a copy
-    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 class _SameConv(nn.Conv2d):
@@ -414,10 +414,8 @@ def trunk(
         lacks a parameter; ValueError for an unknown name.
     """
     check.choice("name", name, ("efficientnet-lite0", *TORCHVISION))
+    mean, std = _three("mean", mean), _three("std", std, above=0)
     statistics = [("mean", mean), ("std", std)]
-    for argument, value in statistics:
-        if value is not None and len(value) != 3:
-            raise ValueError(f"{argument}: expected three numbers, got {value!r}")
     network: Trunk
     if name == "efficientnet-lite0":
         network = EfficientNetLite0(**{argument: value for argument, value in statistics if value is not None})
@@ -435,11 +433,21 @@ def trunk(
     if isinstance(network, EfficientNetLite0):
         try:
             network.fold(state)
-        except (KeyError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # or not tensors at all
             raise check.UserError(f"{source}: not the weights of efficientnet-lite0 ({error})") from error
     else:
         load(network, state, source)
     return network
+
+
+def _three(argument: str, value: Any, above: float | None = None) -> list[float] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(f"{argument}: expected three numbers, got {check.describe(value)}")
+    if len(value) != 3:
+        raise ValueError(f"{argument}: expected three numbers, got {value!r}")
+    return [check.number(f"{argument}[{i}]", each, above=above) for i, each in enumerate(value)]
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -448,6 +456,9 @@ def load(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     missing = sorted(wanted - state.keys())
     if missing:
         raise check.UserError(f"{source}: lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    for key in sorted(wanted):
+        if not isinstance(state[key], Tensor):
+            raise check.UserError(f"{source}: expected a tensor as {key}, got {type(state[key]).__name__}")
     try:
         module.load_state_dict({key: state[key] for key in wanted})
     except RuntimeError as error:

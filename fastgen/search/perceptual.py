@@ -60,14 +60,14 @@ def perceptual_nearest(
             raise TypeError(f"generated: expected a tensor with a sketch, got {type(generated).__name__}")
         check.integer("candidates", candidates, least=k)
         return _by_sketch(images, check.tensor("generated", generated, ndim=(4,)), embed, k, chunk, sketch, candidates)
-    query = _embedded(embed, images, chunk)
+    query = _embedded("embed", embed, images, chunk)
     best: Nearest | None = None
     first = 0
     for part in generated.split(chunk) if isinstance(generated, Tensor) else generated:
         check.tensor("generated", part, ndim=(4,))
         if len(part) == 0:
             continue
-        points = _embedded(embed, part, chunk)
+        points = _embedded("embed", embed, part, chunk)
         if points.shape[1] != query.shape[1]:
             raise ValueError(
                 f"generated: expected images of {list(images.shape[1:])} as in images, got {list(part.shape[1:])}"
@@ -82,8 +82,14 @@ def perceptual_nearest(
     return best
 
 
-def _embedded(embed: Embedding, images: Tensor, chunk: int) -> Tensor:
-    return torch.cat([embed(part) for part in images.split(chunk)])
+def _embedded(name: str, embed: Embedding, images: Tensor, chunk: int) -> Tensor:
+    parts = []
+    for part in images.split(chunk):
+        points = check.tensor(f"{name}(images)", embed(part))
+        if points.shape[:1] != part.shape[:1]:
+            raise ValueError(f"{name}: expected {len(part)} points of {len(part)} images, got {list(points.shape)}")
+        parts.append(points)
+    return torch.cat(parts)
 
 
 def _merged(a: Nearest, b: Nearest, k: int) -> Nearest:
@@ -98,14 +104,14 @@ def _by_sketch(
 ) -> Nearest:
     if k > len(generated):
         raise ValueError(f"k: expected at most the {len(generated)} generated images, got {k}")
-    near = nearest(
-        _embedded(sketch, images, chunk), _embedded(sketch, generated, chunk), min(candidates, len(generated))
-    )
+    query, points = (_embedded("sketch", sketch, part, chunk) for part in (images, generated))
+    near = nearest(query, points, min(candidates, len(generated)))
     parts: list[Nearest] = []
     for rows in torch.arange(len(images), device=images.device).split(max(1, chunk // candidates)):
         ids, place = near.index[rows].unique(return_inverse=True)  # ascending: the lowest index stays the lowest
         mask = torch.zeros(len(rows), len(ids), dtype=torch.bool, device=images.device)
         mask.scatter_(1, place, True)
-        found = nearest(_embedded(embed, images[rows], chunk), _embedded(embed, generated[ids], chunk), k, mask=mask)
+        query, points = (_embedded("embed", embed, part, chunk) for part in (images[rows], generated[ids]))
+        found = nearest(query, points, k, mask=mask)
         parts.append(Nearest(found.distance, ids[found.index]))
     return Nearest(torch.cat([p.distance for p in parts]), torch.cat([p.index for p in parts]))

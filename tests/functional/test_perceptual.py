@@ -274,6 +274,7 @@ def test_compile_without_break_or_recompile():
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0]), ValueError, r"x: .*2\*\*levels = 8"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0][:1], levels=1), ValueError, "y: expected the shape of x"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=0), ValueError, "levels"),
+        (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=10**7), ValueError, "levels: .*got 10000000"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel="box"), ValueError, "kernel: .*'box'"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel=w[0]), ValueError, "kernel: expected 2"),
         (lambda f, w: F.laplacian_pyramid_loss(f[0], f[0], levels=1, kernel=f[0][0, 0]), ValueError, "of an odd k"),

@@ -7,6 +7,7 @@ from fastgen import functional as F
 from fastgen.nn import LPIPS, PerceptualEmbedding
 from fastgen.ops import backend
 from fastgen.ops import perceptual as ops
+from fastgen.reference import perceptual as reference
 
 EPS = {"lpips": (1e-10, False), "torchmetrics": (1e-8, True)}
 
@@ -106,6 +107,24 @@ def test_opcheck_and_compile():
     torch._dynamo.reset()
     compiled = torch.compile(lambda g: F.lpips_projection([g], [weight], dim=64), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(f), F.lpips_projection([f], [weight], dim=64))
+    slopes = []
+    for call in (compiled, lambda g: F.lpips_projection([g], [weight], dim=64)):
+        leaf = f.clone().requires_grad_()
+        slopes += torch.autograd.grad(call(leaf).square().sum(), leaf)
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("eps_mode", list(EPS))
+def test_gradient_is_that_of_autograd(eps_mode):
+    f, weight = torch.randn(2, 3, 5, 14).double().requires_grad_(), torch.rand(3).double()
+    want, got = (
+        torch.autograd.grad(value.square().sum(), f)[0]
+        for value in (
+            reference.lpips_project(f, weight, 64, -3, 0, *EPS[eps_mode]),
+            F.lpips_projection([f], [weight], dim=64, seed=2**64 - 3, eps_mode=eps_mode),
+        )
+    )
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 
 def test_compact_embedding():

@@ -1,5 +1,6 @@
 """PerceptualLoss: the number, cached targets, other people's networks, what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -97,6 +98,19 @@ def test_any_module_by_hooks(oracle):
         PerceptualLoss(net, layers=["unused"])(x, y)
 
 
+def test_a_trainable_trunk_gets_gradients_of_both_sides():
+    x, y = torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9, 9)
+    net = Net()
+    loss = PerceptualLoss(net, layers=["first", "second"], distance="l2")
+    got = torch.autograd.grad(loss(x, y).sum(), list(net.parameters()))
+    both = [(loss.features(image).maps) for image in (x, y)]
+    want = sum((a - b).square().mean((1, 2, 3)).sum() for a, b in zip(*both, strict=True))
+    for a, b in zip(got, torch.autograd.grad(want, list(net.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    net.requires_grad_(False)
+    assert not loss(x, y).requires_grad
+
+
 def test_compile(lite0):
     torch._dynamo.reset()
     loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0)
@@ -125,6 +139,7 @@ def test_compile(lite0):
         ({"layers": "block0"}, TypeError, "layers: expected a sequence"),
         ({"layers": []}, ValueError, "layers"),
         ({"layers": ["block0", "block0"]}, ValueError, "each name once"),
+        ({"trunk": nn.Sequential(nn.Identity()), "layers": ["0", "0"]}, ValueError, "layers: each name once"),
         ({"layer_weight": [1.0]}, ValueError, "layer_weight: expected 3 numbers"),
         ({"distance": "cosine"}, ValueError, "distance"),
         ({"pixel_weight": -1.0}, ValueError, "pixel_weight"),
@@ -183,8 +198,31 @@ def test_style(oracle, lite0, layers):
         total = total + 3 * (grams[0] - grams[1]).square().sum((1, 2))
     (want,) = torch.autograd.grad(total.sum(), leaf)
     torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-7)
+    assert loss(x[:0], y[:0]).shape == (0,)
     default = PerceptualLoss(lite0, layers=style, style_weight=1.0)
     assert default.style_layers == style
+
+
+def test_rows_of_a_target(lite0):
+    target = PerceptualLoss(lite0, layers=LAYERS).target(torch.rand(3, 1, 9, 9))
+    rows = list(target)
+    assert [len(row) for row in rows] == [1, 1, 1]
+    assert torch.equal(target[np.int64(-1)].maps[0], rows[2].maps[0])
+    for row in (3, -4, np.int32(3)):
+        with pytest.raises(IndexError, match="features: expected a row of 3"):
+            target[row]
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_target_made_in_inference_mode_trains(lite0, chunk):
+    loss = PerceptualLoss(lite0, layers=LAYERS, pixel_weight=1.0, style_weight=1.0)
+    x = torch.rand(2, 1, 9, 9, requires_grad=True)
+    with torch.inference_mode():
+        y = torch.rand(2, 1, 9, 9)
+        target = loss.target(y, chunk=chunk)
+    assert not any(f.requires_grad for f in target.maps)
+    (grad,) = torch.autograd.grad(loss(x, target).sum(), x)
+    assert grad.abs().sum() > 0
 
 
 def test_inside_a_target(lite0):
@@ -258,6 +296,8 @@ def test_glann_errors():
     target = loss.target(torch.rand(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"target: expected features of images of \[28, 28\] pixels"):
         loss(torch.rand(1, 1, 28, 28), target)
+    with pytest.raises(ValueError, match=r"target: expected features of images of \[28, 28\] pixels"):
+        loss(torch.rand(1, 1, 28, 28), loss.target(torch.rand(1, 1, 32, 32)))
     with pytest.raises(ValueError, match="target: expected features of 2 images, got 1"):
         loss(torch.rand(2, 1, 16, 16), target)
     with pytest.raises(ValueError, match="reduction"):

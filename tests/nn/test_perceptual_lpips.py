@@ -93,6 +93,16 @@ def test_spatial(oracle):
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("spatial", [False, True])
+def test_targets_of_another_size_and_of_inference_mode(spatial):
+    lpips, x = LPIPS(pnet_rand=True, spatial=spatial), torch.rand(1, 3, 40, 40, requires_grad=True)
+    with pytest.raises(ValueError, match=r"in1: expected features of images of size \[40, 40\]"):
+        lpips(x, lpips.target(torch.rand(1, 3, 64, 64)))
+    with torch.inference_mode():
+        target = lpips.target(torch.rand(1, 3, 40, 40))
+    assert torch.autograd.grad(lpips(x, target).sum(), x)[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_state_dict_keys(net):
     keys = list(LPIPS(net=net, pnet_rand=True).state_dict())
@@ -134,6 +144,11 @@ def test_head_files(tmp_path):
     heads = {key: value * 2 for key, value in full.items() if key.startswith("lin") and "lins" not in key}
     torch.save(heads, tmp_path / "heads.pth")
     torch.save(full, tmp_path / "full.pth")
+    torch.save({**heads, 0: 1, "lin0.model.1.weight": 3}, tmp_path / "number.pth")
+    with pytest.raises(check.UserError, match=r"number\.pth: expected lin0\.model\.1\.weight with 64 numbers"):
+        LPIPS(pnet_rand=True, model_path=tmp_path / "number.pth")
+    torch.save({**heads, 0: 1}, tmp_path / "odd.pth")
+    LPIPS(pnet_rand=True, model_path=tmp_path / "odd.pth")
     for dropout in (True, False):  # lpips leaves the heads random without dropout
         loaded = LPIPS(pnet_rand=True, use_dropout=dropout, model_path=tmp_path / "heads.pth")
         for a, b in zip(loaded.weights(), plain.weights(), strict=True):

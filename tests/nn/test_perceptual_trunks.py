@@ -150,6 +150,11 @@ def test_damaged_files(tmp_path, lite0_state):
         trunk("efficientnet-lite0", state)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         trunk("alexnet", tmp_path / "nowhere.pth")
+    state["features.0.weight"] = 3
+    with pytest.raises(check.UserError, match=r"the state dict: expected a tensor as features\.0\.weight, got int"):
+        trunk("alexnet", state)
+    with pytest.raises(check.UserError, match="not the weights of efficientnet-lite0"):
+        trunk("efficientnet-lite0", {**lite0_state, "_bn0.weight": 3})
     lite0_state["_blocks.3._bn1.weight"] = torch.ones(1)
     with pytest.raises(check.UserError, match="not the weights of efficientnet-lite0"):
         trunk("efficientnet-lite0", {**lite0_state, "_blocks.3._project_conv.weight": torch.ones(2, 2, 1, 1)})
@@ -163,3 +168,8 @@ def test_own_mean_and_std():
     torch.testing.assert_close(own(x, ["conv1"])[0], want, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="mean: expected three numbers"):
         trunk("alexnet", "random", mean=[0.5])
+    for mean in (0.5, torch.zeros(3), "abc"):
+        with pytest.raises(TypeError, match="mean: expected three numbers"):
+            trunk("alexnet", "random", mean=mean)
+    with pytest.raises(ValueError, match=r"std\[0\]: expected a finite number > 0, got 0"):
+        trunk("efficientnet-lite0", "random", std=[0, 0, 0])

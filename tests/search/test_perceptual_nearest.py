@@ -102,3 +102,11 @@ def test_errors(options, error, message):
     arguments = {"images": torch.rand(2, 3, 32, 32), "generated": torch.rand(4, 3, 32, 32), "k": 1, **options}
     with pytest.raises(error, match=message):
         perceptual_nearest(arguments.pop("images"), arguments.pop("generated"), torch.nn.Flatten(), **arguments)
+
+
+def test_an_embedding_of_another_number_of_points_is_refused():
+    images, generated = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"embed: expected 2 points of 2 images, got \[1, 384\]"):
+        perceptual_nearest(images, generated, lambda part: part.reshape(1, -1))
+    with pytest.raises(ValueError, match=r"sketch: expected 2 points of 2 images, got \[4, 96\]"):
+        perceptual_nearest(images, generated, torch.nn.Flatten(), sketch=lambda part: part.reshape(-1, 96))
