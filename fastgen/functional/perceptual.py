@@ -62,25 +62,13 @@ class _LpipsProject(torch.autograd.Function):
         return _lpips_project_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
 
 
-@torch.library.custom_op("fastgen::lpips_project_buckets", mutates_args=())
-def _buckets(f: Tensor, dim: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Opaque: inductor does not keep to the wrapping int64 products of Philox."""
-    return reference.projection(f.shape[1], f.shape[2] * f.shape[3], dim, seed, layer, f.device)
-
-
-@_buckets.register_fake
-def _(f: Tensor, dim: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
-    bucket = f.new_empty(f.shape[1], f.shape[2] * f.shape[3], dtype=torch.int64)
-    return bucket, torch.empty_like(bucket)
-
-
 def _lpips_project_backward(
     grad: Tensor, f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, inside: bool
 ) -> Tensor:
     """v·s − u (u·v) / r with the u, s and r of `reference.normalise` and v the gradient of u: grad's bucket times sign
     and scale. In plain torch, so that it is differentiated again, and traced by torch.compile."""
     u, scale, r = reference.normalise(f, eps, inside)
-    bucket, sign = _buckets(f.detach(), dim, seed, layer)
+    bucket, sign = ops.lpips_project_buckets(f.detach(), dim, seed, layer)
     root = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()[:, None] * sign
     v = (grad.to(u.dtype).index_select(1, bucket.flatten()) * root.flatten()).view(u.shape)
     return (v * scale - u * ((u * v).sum(1, keepdim=True) / r)).to(f.dtype)

@@ -208,6 +208,18 @@ def _(grad: Tensor, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
     return torch.empty_like(f0)
 
 
+@torch.library.custom_op("fastgen::lpips_project_buckets", mutates_args=())
+def _lpips_project_buckets(f: Tensor, dim: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Opaque: inductor does not keep to the wrapping int64 products of Philox."""
+    return reference.projection(f.shape[1], f.shape[2] * f.shape[3], dim, seed, layer, f.device)
+
+
+@_lpips_project_buckets.register_fake
+def _lpips_project_buckets_fake(f: Tensor, dim: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
+    bucket = f.new_empty(f.shape[1], f.shape[2] * f.shape[3], dtype=torch.int64)
+    return bucket, torch.empty_like(bucket)
+
+
 lpips_layer = torch.ops.fastgen.lpips_layer
 lpips_layer_backward = torch.ops.fastgen.lpips_layer_backward
 lpips_layer_backward_both = torch.ops.fastgen.lpips_layer_backward_both
@@ -215,3 +227,4 @@ lpips_layer_backward_weight = torch.ops.fastgen.lpips_layer_backward_weight
 lpips_project = torch.ops.fastgen.lpips_project
 feature_distance = torch.ops.fastgen.feature_distance
 feature_distance_backward = torch.ops.fastgen.feature_distance_backward
+lpips_project_buckets = torch.ops.fastgen.lpips_project_buckets.default
