@@ -140,7 +140,7 @@ def heads(net: str) -> list[Tensor]:
     from fastgen.nn.perceptual_lpips import HEADS
 
     found = load_file(HEADS / f"v0.1_{net}.safetensors")
-    return [next(v for k, v in sorted(found.items()) if k.startswith(f"lin{i}.")) for i in range(len(TAPS[net]))]
+    return [found[f"lin{i}"] for i in range(len(TAPS[net]))]
 
 
 def _taps(net: str, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
