@@ -89,10 +89,7 @@ class _Frame:
         """The model of a run on the same data, as its newest checkpoint has it."""
         model = cls(**run.record["arguments"])
         learner = model._learner(images)
-        try:
-            learner.load_state_dict(run.load(STAGE))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        run.restore(STAGE, learner)
         return model._take(learner, images)
 
     def _take(self, learner: Learner, images: data.Images) -> Any:

@@ -131,13 +131,10 @@ class GLANN(Decoder):
     def load(cls, run: Run, images: data.Images) -> "GLANN":
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
-        glo, imle = model._glo(images.train, None), None
-        try:
-            glo.load_state_dict(run.load("glo"))
-            imle = model._imle(glo.latent.weight.detach())
-            imle.load_state_dict(run.load("imle"))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoints do not fit its run.json: {error}") from None
+        glo = model._glo(images.train, None)
+        run.restore("glo", glo)
+        imle = model._imle(glo.latent.weight.detach())
+        run.restore("imle", imle)
         return model._take(glo, imle)
 
     def _loss(self) -> PerceptualLoss:
@@ -154,7 +151,8 @@ class GLANN(Decoder):
         a = self.arguments
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
-            latent = initial_latents(images, a["latent_dim"], a["latent_init"], generator(a["seed"], 0, 2))
+            kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
+            latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
             steps = a["glo_epochs"] * (len(images) // min(a["glo_batch"], len(images)))
             rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
             return GLO(images, loss, latent, width=a["width"], steps=steps, **rates)

@@ -110,10 +110,7 @@ class GLOModel(Decoder):
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
         module = model._module(images.train, None)
-        try:
-            module.load_state_dict(run.load("glo"))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        run.restore("glo", module)
         return model._take(module)
 
     def _loss(self, shape: tuple[int, int, int]) -> nn.Module:
@@ -136,7 +133,8 @@ class GLOModel(Decoder):
         a = self.arguments
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
-            latent = initial_latents(images, a["latent_dim"], a["latent_init"], generator(a["seed"], 0, 2))
+            kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
+            latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
             return GLO(
                 images, loss, latent, width=a["width"], generator_lr=a["generator_lr"], latent_lr=a["latent_lr"],
                 steps=a["epochs"] * (len(images) // min(a["batch"], len(images))), sphere_or_ball=a["latent_space"],

@@ -191,14 +191,11 @@ class GMMN:
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
         code = None
-        try:
-            if model.arguments["space"] == "code":
-                code = model._code(images)
-                code.load_state_dict(run.load("autoencoder"))
-            training = model._moments(images, code)
-            training.load_state_dict(run.load("gmmn"))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoints do not fit its run.json: {error}") from None
+        if model.arguments["space"] == "code":
+            code = model._code(images)
+            run.restore("autoencoder", code)
+        training = model._moments(images, code)
+        run.restore("gmmn", training)
         return model._take(training, code)
 
     def _code(self, images: data.Images) -> CodeTraining:

@@ -348,10 +348,7 @@ class IMLE:
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
         module = model._module(images, for_search=False)
-        try:
-            module.load_state_dict(run.load("imle"))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        run.restore("imle", module)
         return model._take(module)
 
     def _module(self, images: data.Images, *, for_search: bool = True) -> PoolIMLE:

@@ -135,10 +135,7 @@ class IMLEReverse:
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
         module = model._module(images)
-        try:
-            module.load_state_dict(run.load("imle"))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        run.restore("imle", module)
         model.generator = module.generator.eval()
         return model
 

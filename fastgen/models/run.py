@@ -88,6 +88,14 @@ class Run:
         state: dict[str, Any] = read_checkpoint(file)["state_dict"]
         return state
 
+    def restore(self, stage: str, module: torch.nn.Module) -> None:
+        """Load a stage's newest checkpoint into `module`, which run.json and the data say how to make."""
+        state = self.load(stage)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: its {stage} checkpoint does not fit its run.json: {error}") from None
+
     def fit(
         self,
         stage: str,

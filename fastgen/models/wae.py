@@ -162,10 +162,7 @@ class WAEMMD:
         """The model of a finished run on the same data."""
         model = cls(**run.record["arguments"])
         training = model._training(images.train)
-        try:
-            training.load_state_dict(run.load(STAGE))
-        except RuntimeError as error:
-            raise check.UserError(f"{run.path}: its checkpoint does not fit its run.json: {error}") from None
+        run.restore(STAGE, training)
         return model._take(training, images.train)
 
     def _training(self, images: Tensor) -> WAETraining:

@@ -196,18 +196,8 @@ class PerceptualLoss(nn.Module):
         return kept(self, lambda: Features.cat([self.features(part) for part in y.split(chunk)]))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
-        images_of("x", x)
-        if target is None:
-            target = entered_target("target", self.entered)
-        if not isinstance(target, Features):
-            images_of("target", target)
-            if target.shape != x.shape:
-                raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
-                target = self.features(target)
-        elif len(target) != x.shape[0]:
-            raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
-        ours, theirs = self.features(x).maps, target.maps
+        theirs = _theirs(self, x, target)
+        ours = self.features(x).maps
         plain = len(ours) - len(self.style_layers)
         total: Tensor | None = None
         if plain:
@@ -221,9 +211,22 @@ class PerceptualLoss(nn.Module):
         return total.mean() if self.reduction == "mean" else total
 
 
-def _needs_graph(images: Tensor, trunk: nn.Module) -> bool:
-    """Whether their maps need gradients: a trainable trunk's parameters get a share through either side."""
-    return images.requires_grad or any(parameter.requires_grad for parameter in trunk.parameters())
+def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Features | None) -> tuple[Tensor, ...]:
+    """The maps that x is compared with: cached ones, those of the `with` block we are in, or made of images now."""
+    images_of("x", x)
+    if target is None:
+        target = entered_target("target", loss.entered)
+    if isinstance(target, Features):
+        if len(target) != x.shape[0]:
+            raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
+        return target.maps
+    images_of("target", target)
+    if target.shape != x.shape:
+        raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
+    # A trainable trunk's parameters get a share through either side.
+    wanted = target.requires_grad or any(parameter.requires_grad for parameter in loss.trunk.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+        return loss.features(target).maps
 
 
 def padded(images: Tensor, least: int | None) -> Tensor:
@@ -319,22 +322,12 @@ class GLANNLoss(nn.Module):
         return kept(self, lambda: self.features(y))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
-        images_of("x", x)
-        if target is None:
-            target = entered_target("target", self.entered)
-        if not isinstance(target, Features):
-            images_of("target", target)
-            if target.shape != x.shape:
-                raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and _needs_graph(target, self.trunk)):
-                target = self.features(target)
-        elif len(target) != x.shape[0]:
-            raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
+        theirs = _theirs(self, x, target)
         ours = self.features(x).maps
-        if len(ours) != len(target.maps) or ours[0].shape[2:] != target.maps[0].shape[2:]:
+        if len(ours) != len(theirs) or ours[0].shape[2:] != theirs[0].shape[2:]:
             raise ValueError(f"target: expected features of images of {list(x.shape[2:])} pixels, got another size")
         # Images count twice: |(2x − 1) − (2y − 1)|. At 28 pixels their mean is over the padded 32.
         pixels = 2.0 * (28 / 32) ** 2 if x.shape[2] == 28 else 2.0
         weights = [pixels, *(2.0 if k == 6 and x.shape[2] > 64 else 1.0 for k in range(1, len(ours)))]
-        loss = F.feature_distance(ours, target.maps, distance="l1", layer_weight=weights)
+        loss = F.feature_distance(ours, theirs, distance="l1", layer_weight=weights)
         return loss.mean() if self.reduction == "mean" else loss
