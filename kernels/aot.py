@@ -47,8 +47,8 @@ class Spec:
 
 
 def launched(function: Callable[..., Any], *arguments: Any) -> list[Spec]:
-    """The kernels that `function(*arguments)` launches, given CPU tensors: with the types, the constants for integers that
-    are 1 and the alignments that Triton's own launcher finds. Nothing is executed."""
+    """The kernels that `function(*arguments)` launches, given CPU tensors: with the types, the constants for
+    integers that are 1 and the alignments that Triton's own launcher finds. Nothing is executed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature

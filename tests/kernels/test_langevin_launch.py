@@ -59,7 +59,8 @@ def run(code: str) -> list[dict[str, Any]]:
 
 
 COMPILED = """
-SWITCHES = [n for kernel in (langevin._langevin_kernel, langevin_mala._accept_kernel) for n in kernel.arg_names if n.isupper()]
+KERNELS = langevin._langevin_kernel, langevin_mala._accept_kernel
+SWITCHES = [name for kernel in KERNELS for name in kernel.arg_names if name.isupper()]
 calls = [
     *(step(2, 3072, seed=s, step=k) for s in (0, 1, 2**32, 2**32 + 1, -1) for k in (0, 1, 16)),
     *(step(1, e, seed=1, step=1) for e in (1, 4, 3072)),
