@@ -266,7 +266,7 @@ def _named(name: str, expected: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", str(error), flags=re.S)
+        why = re.sub(r"^Error in .* at \S+:\d+: (Error: '.*?' failed: )?", "", str(error), flags=re.S)
         raise ValueError(f"{name}: expected {expected}, but FAISS says: {why}") from error
 
 
