@@ -44,6 +44,7 @@ class Spec:
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
     divisible: tuple[str, ...] = ()  # integers that the launcher would find divisible by 16
+    hip: dict[str, Any] = field(default_factory=dict)  # options that differ on AMD
 
 
 def launched(function: Callable[..., Any], *arguments: Any) -> list[Spec]:
@@ -93,6 +94,7 @@ def compile_spec(spec: Spec, target: str) -> Any:
         constexprs["PTX"] = target.startswith("sm_")
     source = ASTSource(spec.kernel, dict(spec.signature), constexprs=constexprs, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    options |= spec.hip if target.startswith("gfx") else {}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
