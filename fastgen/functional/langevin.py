@@ -33,7 +33,8 @@ def langevin_step_(
     """One Langevin step, in place: x ← clamp(x − η·(clip(∇U) + x/σ²) + s·ε), the noise ε made in the kernel.
 
     Args:
-        x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides.
+        x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides; what is not contiguous is
+            copied to and fro.
         grad: ∇U(x), of x's shape, dtype and device.
         step_size: η > 0, a number, or a tensor of one number, [], or of one for each chain, [C]: float32 (float64 where
             x is), on x's device, so that a CUDA graph can change it.
