@@ -118,7 +118,7 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     }
     own |= set(getattr(chosen, "not_for_trainer", ()))
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
-    resumed = _stored(name, argv) if _wants_resume(argv) else []
+    resumed = _stored(name, argv) if command == "train" and _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
     for needed in ("data", "out"):
         if getattr(parsed, needed) is None:
@@ -144,8 +144,10 @@ def _stored(name: str, argv: list[str]) -> list[str]:
 
     out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
     out = out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
-    if out is None or not (Path(out) / "run.json").exists():
+    if out is None:  # it may stand in a --config file, with all the rest
         return []
+    if not (Path(out) / "run.json").exists():
+        raise UserError(f"resume: {out} holds no run yet: leave --resume out to start one")
     run = Run(out)
     if run.record["model"] != name:
         raise UserError(f"model: the run in {out} has {run.record['model']!r}, got {name!r}")

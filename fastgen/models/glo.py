@@ -71,7 +71,7 @@ class GLO(LightningModule):
 
     def training_step(self, rows: Tensor, batch_number: int) -> None:
         optimisers: Any = self.optimizers()
-        reconstruction = self.generator(self.latent(rows))
+        reconstruction = self.generator(self.latent(rows)).float()  # of lower precision under autocast
         loss = self._held["loss"](reconstruction, self._held["target"][rows]).mean()
         for optimiser in optimisers:
             optimiser.zero_grad()

@@ -46,7 +46,7 @@ class ReverseModule(LightningModule):
         real = self._held["images"][rows.cpu()].to(self.device).flatten(1)
         count = self.batch + self.others
         ids = torch.arange(count, device=self.device) + self.global_step * count
-        made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1)
+        made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1).float()
         pull, push = reverse_loss(made[: self.batch], made[self.batch :], real, self.margin)
         loss: Tensor = (pull + self.push_weight * push).mean()
         self.log_dict(

@@ -21,6 +21,9 @@ from fastgen import __version__, data
 from fastgen.check import UserError
 from fastgen.models import processes
 
+# Data and codes are float32: the others would need them in their own type.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
 
 class Run:
     """The folder of one training run.
@@ -196,14 +199,18 @@ class Run:
         )
         try:
             trainer = Trainer(**asked)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:  # TPUs say that their package is missing
             raise UserError(f"trainer: {error}") from None
+        if trainer.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision: expected one of {', '.join(PRECISIONS)}, got {trainer.precision}")
         if trainer.world_size > processes.size():
             joined = f"torchrun started {processes.size()}" if processes.size() > 1 else "this is one"
             raise UserError(f"trainer.devices: expected as many processes as run, {joined}; got {trainer.world_size}")
         # Lightning's own estimate sets the loader up before a checkpoint has given it back its place.
         batches, limit = len(loader), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if batches < 1:
+            raise UserError(f"trainer.limit_train_batches: {limit} leaves none of {len(loader)} batches")
         module.steps = epochs * -(-batches // trainer.accumulate_grad_batches)
         write_json(self.path / "trainer.json", plain)
         try:

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from fastgen import data
 from fastgen.check import UserError
 from fastgen.cli import main
+from fastgen.models import model_class
 from fastgen.models.gmmn import GMMN
 from fastgen.models.imle_image import IMLE, RSIMLE
 from fastgen.models.run import Run, arguments_of
@@ -24,6 +25,14 @@ from fastgen.models.wae import WAEMMD
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 QUICK = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 WAE: dict[str, Any] = {"latent_dim": 2, "width": 2, "epochs": 2, "batch": 16}
+MIXED: dict[str, dict[str, Any]] = {
+    "glann": {"latent_dim": 4, "width": 2, "layers": ["block0"], "glo_epochs": 1, "hidden": 8, "imle_epochs": 1},
+    "wae-mmd": WAE,
+    "gmmn": {"epochs": 1, "code_epochs": 1, "hidden": (8,), "code_hidden": 8, "code_dim": 2, "batch": 32},
+    "glo": {"latent_dim": 4, "width": 2, "epochs": 1},
+    "imle": {"hidden": 8, "epochs": 1},
+    "imle-reverse": {"hidden": 8, "epochs": 1},
+}
 SMALL_IMLE: dict[str, Any] = {"noise_dim": 2, "hidden": 8, "hidden_layers": 1, "epochs": 1, "batch": 16, "pool": 2}
 
 
@@ -128,6 +137,9 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
         (RSIMLE(radius=50.0, **SMALL_IMLE), images, {}, "radius: every sample"),
         (WAEMMD(**WAE), images, {"devices": 2}, "trainer.devices: expected as many processes"),
         (WAEMMD(**WAE), images, {"accelerator": "abacus"}, "trainer: "),
+        (WAEMMD(**WAE), images, {"accelerator": "tpu"}, "trainer: "),
+        (WAEMMD(**WAE), images, {"precision": "64-true"}, "trainer.precision: expected one of 32-true, bf16-mixed"),
+        (WAEMMD(**WAE), images, {"limit_train_batches": 0}, "trainer.limit_train_batches: 0 leaves none of 4 batches"),
         (WAEMMD(**WAE), images, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "scissors"}, "trainer: "),
     ):
         with pytest.raises(UserError, match=says):
@@ -140,6 +152,12 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
     assert not out.exists()
     out.mkdir()
     WAEMMD(**WAE).fit(images, out, trainer=QUIET)  # an empty folder is as good as none
+
+
+@pytest.mark.parametrize("name", ["glann", "wae-mmd", "gmmn", "glo", "imle", "imle-reverse"])
+def test_mixed_precision_trains(name: str, images: data.Images, tmp_path: Path) -> None:
+    model = model_class(name)(**MIXED[name]).fit(images, tmp_path / "run", trainer={**QUIET, "precision": "bf16-mixed"})
+    assert model.sample(2, seed=0).dtype == torch.float32
 
 
 def test_a_trained_stage_is_never_given_back(images: data.Images, tmp_path: Path) -> None:
