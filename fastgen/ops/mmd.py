@@ -25,7 +25,6 @@ accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _NONE = (0, False)  # of an optional tensor: its address, and whether it has a batch dimension
-_IN_TRITON = ("imq", "rbf", "rational_quadratic")
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -59,12 +58,12 @@ def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Op
     chosen = backend.choose("mmd", x.device)
     if chosen == "cpp":
         return _cpp(x, y, sides, options)
-    if chosen == "triton" and options.kind in _IN_TRITON and options[3:] == (None, None, None, reference.ALL):
-        from fastgen.kernels import launch
+    if chosen == "triton":
+        from fastgen.kernels import mmd_launch
 
-        if launch.mmd_fits(x):
-            pairs = inverse_pairs(options.parameters)
-            return launch.mmd(x, y, options.kind, options.parameters, pairs, options.estimator, precision, sides)
+        if mmd_launch.fits(x, options.kind, options.parameters):
+            pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
+            return mmd_launch.mmd(x, y, sides, precision, pairs, *options)
     if sides == 0:
         return (reference.value(x, y, options),)
     if sides == 1:
@@ -134,8 +133,15 @@ def _value_grad(
 def _hessian_product(
     x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, kind: str, parameters: Any, estimator: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    # On every device as blocked matrix products, in full precision: `precision` is of no account here.
-    return reference.hessian_product(x, y, vx, vy, reference.Options(kind, parameters, estimator, *rest[1:]))
+    precision, *others = rest
+    options = reference.Options(kind, parameters, estimator, *others)
+    if backend.choose("mmd", x.device) == "triton":
+        from fastgen.kernels import mmd_launch
+
+        if mmd_launch.fits(x, kind, parameters, second=True):
+            return mmd_launch.hessian_product(x, y, vx, vy, precision, *options)
+    # Else as blocked matrix products, in full precision: there `precision` is of no account.
+    return reference.hessian_product(x, y, vx, vy, options)
 
 
 def _vmap(*_: object) -> NoReturn:
