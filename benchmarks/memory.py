@@ -104,7 +104,8 @@ class Server:
         )
 
     def peak_bytes(self, work: Work, provider: str) -> int | None:
-        answer = self.ask({"family": work.family, "work": work.name, "provider": provider, "timeout": self.timeout})
+        timeout = self.timeout * (10 if work.once else 1)
+        answer = self.ask({"family": work.family, "work": work.name, "provider": provider, "timeout": timeout})
         return answer.get("bytes")
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,14 @@
 
 namespace fastgen {
 
-void mmd(const MmdArguments<float>& arguments) { FASTGEN_DISPATCH(mmd_all, arguments); }
-void mmd(const MmdArguments<double>& arguments) { FASTGEN_DISPATCH(mmd_all, arguments); }
+void mmd(const MmdArguments<float>& arguments) {
+    if (arguments.vx != nullptr) return mmd_second(arguments);
+    FASTGEN_DISPATCH(mmd_all, arguments);
+}
+
+void mmd(const MmdArguments<double>& arguments) {
+    if (arguments.vx != nullptr) return mmd_second(arguments);
+    FASTGEN_DISPATCH(mmd_all, arguments);
+}
 
 }  // namespace fastgen

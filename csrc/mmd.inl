@@ -7,6 +7,11 @@
 //
 // Units: u = d²/base, with the coordinates centred on the common mean and divided by √base, so that the product of two
 // rows plus their −½‖z‖² is −u/2; or the sum of their squared differences u; or, not centred, their product u.
+//
+// The gradient is Σ_b w (z_b − z_a), the Hessian's product with directions v, in the same units,
+//   Σ_b w (v_b − v_a) + e (z_b − z_a),   e = −2 d²k/du² ⟨z_a − z_b, v_a − v_b⟩;
+// of inner products Σ_b w z_b, and Σ_b w v_b + e z_b with e = d²k/du² (⟨z_a, v_b⟩ + ⟨v_a, z_b⟩). So it is the gradient with
+// two pairs of factors and points in place of one: `second` below.
 
 #include "mmd_kernels.inl"
 
@@ -54,16 +59,16 @@ void gather_columns(const T* w, int64_t step_a, int64_t step_b, int64_t count_a,
 
 // Rows a take Σ_b w z_b; `count_a` is a multiple of a strip's rows. Enough sums at once to hide an addition's latency.
 template <class T>
-void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z, T* g, int64_t stride,
-            T scale) {
+void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z, T* g, int64_t width,
+            int64_t stride, T scale) {
     using V = Vec<T>;
     constexpr int lanes = Lanes<T>::count;
     constexpr bool wide = VEC_BYTES == 64;
-    if (stride < lanes)
+    if (width < lanes)
         return gather_columns<T, typename Lanes<T>::Half, strip_rows, 1>(w, step_a, step_b, count_a, terms, z, g, stride,
                                                                  scale);
-    for (int64_t c = 0; c < stride;) {
-        const int64_t left = (stride - c) / lanes;
+    for (int64_t c = 0; c < width;) {
+        const int64_t left = (width - c) / lanes;
         if (wide && left >= 4) {
             gather_columns<T, V, 4, wide ? 4 : 1>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
             c += 4 * lanes;
@@ -77,24 +82,27 @@ void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t
     }
 }
 
-template <class T, class Kernel>
+template <class T, class Kernel, bool second>
 struct Pairs {
     using V = Vec<T>;
     using I = typename Lanes<T>::I;
     static constexpr int lanes = Lanes<T>::count;
     static constexpr int strip = strip_rows;
     static constexpr int panel = 2 * lanes;
-    static constexpr int largest = 128;  // rows of a tile
-    static constexpr int kept = 4096;    // slopes, of as many whole rows, before the gradients' products
+    static constexpr int fields = second ? 2 : 1;     // of points: z, and the directions v
+    static constexpr int gradients = second ? 2 : 1;  // the order of a sweep that makes them
+    static constexpr int largest = 128;               // rows of a tile
+    static constexpr int kept = 4096;                 // slopes, of as many whole rows, before the gradients' products
     static constexpr Metric metric = Kernel::metric;
     static constexpr T no_pair = metric == direct ? far<T> : -far<T>;  // what a sweep's sum is for a pair that is none
 
     const MmdArguments<T>& arguments;
     const Kernel kernel;
-    const int64_t d, stride, tile, tiles_x, tiles_y;
+    const int64_t d, width, stride, tile, tiles_x, tiles_y, tiles;
     const bool exclude_same, exclude_cross, weighted;
-    Buffer<T> rows, panels, half, weights;  // z by rows and in panels of columns, −½‖z‖², the points' weights
-    Buffer<T> gradient, slopes;             // Σ w z, Σ w
+    Buffer<T> rows, panels;         // of each field: the points by rows and in panels of columns
+    Buffer<T> half, along, weights;  // −½‖z‖², ⟨z, v⟩, the points' weights
+    Buffer<T> gradient, slopes;     // Σ w z, Σ w; or Σ w v + e z, Σ w and Σ e
     std::vector<double> sums;               // of each tile
     double coefficient[3], pull[3], unit;   // of XX, YY, XY: in the value, and in the gradient relative to one of them
 
@@ -108,20 +116,28 @@ struct Pairs {
         : arguments(arguments_),
           kernel(arguments_.parameters),
           d(arguments_.d),
-          stride(arguments_.d <= lanes / 2 ? lanes / 2 : (arguments_.d + lanes - 1) / lanes * lanes),
+          width(arguments_.d <= lanes / 2 ? lanes / 2 : (arguments_.d + lanes - 1) / lanes * lanes),
+          // An odd number of cache lines from row to row: a power of two would put all rows into the same few sets.
+          stride(width >= 8 * lanes && width / lanes % 2 == 0 ? width + lanes : width),
           tile(tile_rows(arguments_.n + arguments_.m, arguments_.d)),
           tiles_x((arguments_.n + tile - 1) / tile),
           tiles_y((arguments_.m + tile - 1) / tile),
+          tiles(tiles_x + tiles_y),
           exclude_same(metric != inner || arguments_.estimator != 1),
           exclude_cross(arguments_.estimator == 2),
           weighted(arguments_.x_weight != nullptr),
-          rows((tiles_x + tiles_y) * tile * stride),
-          panels((tiles_x + tiles_y) * tile * d),
-          half((tiles_x + tiles_y) * tile),
-          weights(weighted ? (tiles_x + tiles_y) * tile : 0),
+          rows(fields * tiles * tile * stride),
+          panels(fields * tiles * tile * d),
+          half(tiles * tile),
+          along(second ? tiles * tile : 0),
+          weights(weighted ? tiles * tile : 0),
           gradient(arguments_.gx ? (tiles_x + (arguments_.gy ? tiles_y : 0)) * tile * stride : 0),
-          slopes((tiles_x + tiles_y) * tile),
-          sums(tiles_x + tiles_y) {}
+          slopes(fields * tiles * tile),
+          sums(tiles) {}
+
+    T* rows_of(int64_t t, int field = 0) const { return rows.data + (field * tiles + t) * tile * stride; }
+    T* panels_of(int64_t t, int field = 0) const { return panels.data + (field * tiles + t) * tile * d; }
+    T* slopes_of(int64_t t, int field = 0) const { return slopes.data + (field * tiles + t) * tile; }
 
     void set_coefficients(int64_t item) {
         const double n = double(arguments.n), m = double(arguments.m);
@@ -130,7 +146,7 @@ struct Pairs {
         coefficient[1] = 1 / (m * (biased ? m : m - 1));
         coefficient[2] = 1 / (n * (exclude_cross ? n - 1 : m));
         if (arguments.coefficients != nullptr)
-            std::copy_n(arguments.coefficients + (arguments.coefficients_batched ? 3 * item : 0), 3, coefficient);
+            std::copy_n(arguments.coefficients + 3 * item, 3, coefficient);
         unit = coefficient[arguments.terms & 4 ? 2 : arguments.terms & 1 ? 0 : 1];
         coefficient[2] = -coefficient[2];
         for (int i = 0; i < 3; ++i) pull[i] = coefficient[i] / unit;
@@ -144,47 +160,72 @@ struct Pairs {
 
     // A tile's points, centred and scaled. Padding is zero, and infinitely far away; so that nothing else is taken for it,
     // points that far out become NaN where the kernel would not vanish there.
-    void pack(int64_t t, int64_t item, const double* centre, double scale) {
-        const T* source = points_of(item, t);
-        T* z = rows.data + t * tile * stride;
-        T* h = half.data + t * tile;
-        T* p = panels.data + t * tile * d;
+    void pack(int64_t t, int64_t item, const std::vector<double>& centre, double scale) {
         const int64_t count = points(t);
-        std::memset(z, 0, tile * stride * sizeof(T));
+        for (int field = 0; field < fields; ++field) {
+            const T* source = points_of(item, t, field);
+            T *z = rows_of(t, field), *p = panels_of(t, field);
+            std::memset(z, 0, tile * stride * sizeof(T));
+            for (int64_t i = 0; i < count && source != nullptr; ++i)
+                for (int64_t c = 0; c < d; ++c)
+                    z[i * stride + c] = T((source[i * d + c] - centre[field * d + c]) * scale);
+            for (int64_t block = 0; block < tile; block += panel)
+                for (int64_t c = 0; c < d; ++c)
+                    for (int64_t l = 0; l < panel; ++l) p[block * d + c * panel + l] = z[(block + l) * stride + c];
+            std::memset(slopes_of(t, field), 0, tile * sizeof(T));
+        }
+        T* h = half.data + t * tile;
         for (int64_t i = 0; i < tile; ++i) {
-            double norm = 0;
-            for (int64_t c = 0; i < count && c < d; ++c) {
-                const T value = T((source[i * d + c] - centre[c]) * scale);
-                z[i * stride + c] = value;
-                norm += double(value) * double(value);
-            }
+            const T* z = rows_of(t) + i * stride;
+            const double norm = product(z, z);
             h[i] = i >= count ? no_pair : metric == expanded ? T(norm * -0.5) : T(0);
             if (!Kernel::vanishes && i < count && !(norm < none<T> / 4)) h[i] = std::numeric_limits<T>::quiet_NaN();
+            if constexpr (second) along.data[t * tile + i] = T(product(z, rows_of(t, 1) + i * stride));
         }
         if (weighted) {
-            const T* w = t < tiles_x ? arguments.x_weight + (arguments.x_weight_batched ? item * arguments.n : 0) + t * tile
-                                     : arguments.y_weight + (arguments.y_weight_batched ? item * arguments.m : 0) +
-                                           (t - tiles_x) * tile;
+            const T* w = t < tiles_x ? arguments.x_weight + item * arguments.n + t * tile
+                                     : arguments.y_weight + item * arguments.m + (t - tiles_x) * tile;
             for (int64_t i = 0; i < tile; ++i) weights.data[t * tile + i] = i < count ? w[i] : T(0);
         }
-        for (int64_t block = 0; block < tile; block += panel)
-            for (int64_t c = 0; c < d; ++c)
-                for (int64_t l = 0; l < panel; ++l) p[block * d + c * panel + l] = z[(block + l) * stride + c];
         if (wants_gradient(t)) std::memset(gradient.data + t * tile * stride, 0, tile * stride * sizeof(T));
-        std::memset(slopes.data + t * tile, 0, tile * sizeof(T));
         sums[t] = 0;
     }
 
-    // `strip` rows from i against all columns of tile b: the sum of the kernel, and where asked the slopes into w.
-    template <bool slope, bool weighing>
+    double product(const T* a, const T* b) const {
+        double sum = 0;
+        for (int64_t c = 0; c < d; ++c) sum += double(a[c]) * double(b[c]);
+        return sum;
+    }
+
+    // s += ⟨z_a, v_b⟩ + ⟨v_a, z_b⟩, or ⟨z_a − z_b, v_a − v_b⟩, for `strip` rows from i of tile a and a panel from j of tile b.
+    FASTGEN_INLINE void add_projections(int64_t a, int64_t b, int64_t i, int64_t j, V (&s)[strip][2]) const {
+        const T *z = rows_of(a) + i * stride, *v = rows_of(a, 1) + i * stride;
+        const T *pz = panels_of(b) + j * d, *pv = panels_of(b, 1) + j * d;
+        for (int64_t c = 0; c < d; ++c)
+            for (int half_panel = 0; half_panel < 2; ++half_panel) {
+                const V zb = *(const V*)(pz + c * panel + half_panel * lanes);
+                const V vb = *(const V*)(pv + c * panel + half_panel * lanes);
+                for (int r = 0; r < strip; ++r) {
+                    const T za = z[r * stride + c], va = v[r * stride + c];
+                    if constexpr (metric == direct)
+                        s[r][half_panel] += (zb - za) * (vb - va);
+                    else
+                        s[r][half_panel] += zb * va + vb * za;
+                }
+            }
+    }
+
+    // `strip` rows from i against all columns of tile b: the sum of the kernel, and of order 1 the slopes into w, of order 2
+    // the bends times the projections beyond them.
+    template <int order, bool weighing>
     __attribute__((noinline)) double sweep(int64_t a, int64_t b, int64_t i, int64_t columns, bool diagonal, T* w,
                                            V* column_slopes, T pulled) const {
         V total{};
-        V row_slopes[strip] = {};
-        const T* z = rows.data + (a * tile + i) * stride;
+        V row_slopes[fields][strip] = {};
+        const T* z = rows_of(a) + i * stride;
         const T* h = half.data + a * tile + i;
         for (int64_t j = 0; j < columns; j += panel) {
-            const T* p = panels.data + (b * tile + j) * d;
+            const T* p = panels_of(b) + j * d;
             V u[strip][2];
             const V h0 = *(const V*)(half.data + b * tile + j), h1 = *(const V*)(half.data + b * tile + j + lanes);
             for (int r = 0; r < strip; ++r) {
@@ -213,27 +254,42 @@ struct Pairs {
                     u[r][1] = lane == decltype(lane[0] + 0)(i + r - j - lanes) ? splat<T>(no_pair) : u[r][1];
                 }
             }
+            V s[strip][2] = {};
+            if constexpr (order > 1) add_projections(a, b, i, j, s);
             for (int r = 0; r < strip; ++r)
                 for (int v = 0; v < 2; ++v) {
-                    V weight, distance = u[r][v];
+                    V weight, bend, distance = u[r][v];
                     if constexpr (metric == expanded) distance = (distance > T(0) ? V{} : distance) * T(-2);  // NaN stays
-                    V k = kernel.template operator()<slope>(distance, weight);
+                    V k = kernel.template operator()<order>(distance, weight, bend);
+                    if constexpr (order > 1) {
+                        if constexpr (metric == expanded)
+                            s[r][v] = *(const V*)(along.data + b * tile + j + v * lanes) + along.data[a * tile + i + r] - s[r][v];
+                        bend *= metric == inner ? s[r][v] : s[r][v] * T(-2);
+                    }
                     if constexpr (weighing) {
                         const T* own = weights.data + a * tile + i + r;
                         const V both = *(const V*)(weights.data + b * tile + j + v * lanes) * *own;
                         k *= both;
-                        if constexpr (slope) weight *= both;
+                        if constexpr (order > 0) weight *= both;
+                        if constexpr (order > 1) bend *= both;
                     }
                     total += k;
-                    if constexpr (slope) {
+                    if constexpr (order > 0) {
                         *(V*)(w + r * tile + j + v * lanes) = weight;
-                        row_slopes[r] += weight;
+                        row_slopes[0][r] += weight;
                         column_slopes[j / lanes + v] += weight;
+                    }
+                    if constexpr (order > 1) {
+                        *(V*)(w + kept + r * tile + j + v * lanes) = bend;
+                        row_slopes[1][r] += bend;
+                        column_slopes[(largest + j) / lanes + v] += bend;
                     }
                 }
         }
-        if constexpr (slope)
-            for (int r = 0; r < strip; ++r) slopes.data[a * tile + i + r] += pulled * T(lane_sum<T>(row_slopes[r]));
+        if constexpr (order > 0)
+            for (int field = 0; field < fields; ++field)
+                for (int r = 0; r < strip; ++r)
+                    slopes_of(a, field)[i + r] += pulled * T(lane_sum<T>(row_slopes[field][r]));
         return lane_sum<T>(total);
     }
 
@@ -250,26 +306,31 @@ struct Pairs {
         const int64_t count_a = points(a), count_b = points(b), columns = (count_b + panel - 1) / panel * panel;
         double total = 0;
         if (!for_a) {
-            for (int64_t i = 0; i < count_a; i += strip)
-                total += sweep<false, weighing>(a, b, i, columns, diagonal, nullptr, nullptr, pulled);
+            for (int64_t i = 0; i < count_a && !second; i += strip)
+                total += sweep<0, weighing>(a, b, i, columns, diagonal, nullptr, nullptr, pulled);
         } else {
-            alignas(64) T w[kept];
+            alignas(64) T w[fields * kept];
             const int64_t group = std::min(tile, kept / tile);
-            V column_slopes[largest / lanes] = {};
+            V column_slopes[fields * largest / lanes] = {};
             for (int64_t i = 0; i < count_a; i += group) {
                 const int64_t filled = (std::min<int64_t>(group, count_a - i) + strip - 1) / strip * strip;
                 for (int64_t r = 0; r < filled; r += strip)
-                    total += sweep<true, weighing>(a, b, i + r, columns, diagonal, w + r * tile, column_slopes, pulled);
-                T* ga = gradient.data + (a * tile + i) * stride;
-                gather<T>(w, tile, 1, filled, columns, rows.data + b * tile * stride, ga, stride, pulled);
-                if (for_b) {
-                    T* gb = gradient.data + b * tile * stride;
-                    gather<T>(w, 1, tile, columns, filled, rows.data + (a * tile + i) * stride, gb, stride, pulled);
+                    total += sweep<gradients, weighing>(a, b, i + r, columns, diagonal, w + r * tile, column_slopes, pulled);
+                for (int field = 0; field < fields; ++field) {
+                    const T* factors = w + field * kept;
+                    const int of = fields - 1 - field;  // slopes pull towards the directions, bends towards the points
+                    T* ga = gradient.data + (a * tile + i) * stride;
+                    gather<T>(factors, tile, 1, filled, columns, rows_of(b, of), ga, width, stride, pulled);
+                    if (for_b) {
+                        T* gb = gradient.data + b * tile * stride;
+                        gather<T>(factors, 1, tile, columns, filled, rows_of(a, of) + i * stride, gb, width, stride,
+                                  pulled);
+                    }
                 }
             }
-            if (for_b)
+            for (int field = 0; field < fields && for_b; ++field)
                 for (int64_t j = 0; j < columns; ++j)
-                    slopes.data[b * tile + j] += pulled * column_slopes[j / lanes][j % lanes];
+                    slopes_of(b, field)[j] += pulled * column_slopes[(field * largest + j) / lanes][j % lanes];
         }
         sums[a] += total * coefficient[which] * (a == b ? 1 : 2);  // a tile against itself meets each pair twice
     }
@@ -277,22 +338,26 @@ struct Pairs {
     void task(int64_t a, int64_t b) { weighted ? task_of<true>(a, b) : task_of<false>(a, b); }
 
     void finish(int64_t t, T* out, double scale) const {
-        const T* z = rows.data + t * tile * stride;
         const T* g = gradient.data + t * tile * stride;
-        for (int64_t i = 0; i < points(t); ++i) {
-            const T s = metric == inner ? T(0) : slopes.data[t * tile + i];
-            for (int64_t c = 0; c < d; ++c) out[i * d + c] = T(scale * (g[i * stride + c] - s * z[i * stride + c]));
-        }
+        for (int64_t i = 0; i < points(t); ++i)
+            for (int64_t c = 0; c < d; ++c) {
+                T sum = g[i * stride + c];
+                for (int field = 0; field < fields && metric != inner; ++field)
+                    sum -= slopes_of(t, field)[i] * rows_of(t, fields - 1 - field)[i * stride + c];
+                out[i * d + c] = T(scale * sum);
+            }
     }
 
-    const T* points_of(int64_t item, int64_t t) const {
-        return t < tiles_x ? arguments.x + (item * arguments.n + t * tile) * d
-                           : arguments.y + (item * arguments.m + (t - tiles_x) * tile) * d;
+    // Null where y has no direction.
+    const T* points_of(int64_t item, int64_t t, int field) const {
+        const T* of = t < tiles_x ? (field ? arguments.vx : arguments.x) : (field ? arguments.vy : arguments.y);
+        const int64_t first = t < tiles_x ? item * arguments.n + t * tile : item * arguments.m + (t - tiles_x) * tile;
+        return of == nullptr ? nullptr : of + first * d;
     }
 
     void run(int64_t item, int threads) {
-        const int64_t tiles = tiles_x + tiles_y, seats = tiles + tiles % 2, rounds = seats - 1;
-        std::vector<double> centre(d), partial(tiles * d);
+        const int64_t seats = tiles + tiles % 2, rounds = seats - 1;
+        std::vector<double> centre(fields * d), partial(tiles * d);  // directions need no centre
         const double scale = 1 / std::sqrt(kernel.base);
         set_coefficients(item);
         // d/dz_i of coefficient · Σ k: twice for the two orders of a pair, twice for a square's own derivative.
@@ -302,14 +367,14 @@ struct Pairs {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tiles; ++t)
                 for (int64_t i = 0; i < points(t); ++i)
-                    for (int64_t c = 0; c < d; ++c) partial[t * d + c] += points_of(item, t)[i * d + c];
+                    for (int64_t c = 0; c < d; ++c) partial[t * d + c] += points_of(item, t, 0)[i * d + c];
 #pragma omp single
             for (int64_t c = 0; c < d; ++c) {
                 for (int64_t t = 0; t < tiles && metric != inner; ++t) centre[c] += partial[t * d + c];
                 centre[c] /= double(arguments.n + arguments.m);
             }
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tiles; ++t) pack(t, item, centre.data(), scale);
+            for (int64_t t = 0; t < tiles; ++t) pack(t, item, centre, scale);
             for (int64_t round = 0; round < rounds; ++round) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t k = 0; k < seats / 2; ++k) {
@@ -326,6 +391,7 @@ struct Pairs {
                     finish(t, arguments.gy + (item * arguments.m + (t - tiles_x) * tile) * d, out_scale);
             }
         }
+        if (second) return;
         double value = 0;
         for (const double s : sums) value += s;
         if (arguments.estimator == 1 && kernel.at_zero() != 0) {
@@ -344,33 +410,48 @@ struct Pairs {
     }
 };
 
-template <class T, class Kernel>
+template <class T, class Kernel, bool second>
 void mmd_kernel(const MmdArguments<T>& arguments) {
     if (arguments.batch < arguments.threads || arguments.batch == 1) {
-        Pairs<T, Kernel> pairs(arguments);
+        Pairs<T, Kernel, second> pairs(arguments);
         // Tens of microseconds of work are not worth waking a thread for.
         const double points = double(arguments.n + arguments.m), work = points * points * double(arguments.d + 16);
         const int threads = work < 4e6 ? 1 : arguments.threads;
         for (int64_t item = 0; item < arguments.batch; ++item) pairs.run(item, threads);
         return;
     }
-    std::vector<std::unique_ptr<Pairs<T, Kernel>>> own;  // made here: an exception must not leave a parallel region
-    for (int t = 0; t < arguments.threads; ++t) own.push_back(std::make_unique<Pairs<T, Kernel>>(arguments));
+    // Made here: an exception must not leave a parallel region.
+    std::vector<std::unique_ptr<Pairs<T, Kernel, second>>> own;
+    for (int t = 0; t < arguments.threads; ++t) own.push_back(std::make_unique<Pairs<T, Kernel, second>>(arguments));
 #pragma omp parallel for num_threads(arguments.threads) schedule(static)
     for (int t = 0; t < arguments.threads; ++t)
         for (int64_t item = t; item < arguments.batch; item += arguments.threads) own[t]->run(item, 1);
 }
 
+template <class T, bool second>
+void mmd_of(const MmdArguments<T>& arguments) {
+    const std::string& kind = arguments.kind;
+    if constexpr (!second)
+        if (kind == "imq_pairs") return mmd_kernel<T, ImqPairs<T>, second>(arguments);
+    if constexpr (!second || sizeof(T) == 8) {  // in float32 the two parts of a root's second derivative would cancel
+        if (kind == "laplacian") return mmd_kernel<T, Laplacian<T>, second>(arguments);
+        if (kind == "energy") return mmd_kernel<T, Energy<T>, second>(arguments);
+    }
+    if (kind == "imq") return mmd_kernel<T, ImqSum<T>, second>(arguments);
+    if (kind == "rbf") return mmd_kernel<T, Rbf<T>, second>(arguments);
+    if (kind == "rational_quadratic") return mmd_kernel<T, RationalQuadratic<T>, second>(arguments);
+    if (kind == "polynomial") return mmd_kernel<T, Polynomial<T>, second>(arguments);
+    throw std::invalid_argument("mmd: no such kernel: " + kind);
+}
+
 template <class T>
 void mmd_all(const MmdArguments<T>& arguments) {
-    if (arguments.kind == "imq_pairs") return mmd_kernel<T, ImqPairs<T>>(arguments);
-    if (arguments.kind == "imq") return mmd_kernel<T, ImqSum<T>>(arguments);
-    if (arguments.kind == "rbf") return mmd_kernel<T, Rbf<T>>(arguments);
-    if (arguments.kind == "laplacian") return mmd_kernel<T, Laplacian<T>>(arguments);
-    if (arguments.kind == "energy") return mmd_kernel<T, Energy<T>>(arguments);
-    if (arguments.kind == "rational_quadratic") return mmd_kernel<T, RationalQuadratic<T>>(arguments);
-    if (arguments.kind == "polynomial") return mmd_kernel<T, Polynomial<T>>(arguments);
-    throw std::invalid_argument("mmd: no such kernel: " + arguments.kind);
+    mmd_of<T, false>(arguments);
+}
+
+template <class T>
+void mmd_second_all(const MmdArguments<T>& arguments) {
+    mmd_of<T, true>(arguments);
 }
 
 #undef FASTGEN_INLINE

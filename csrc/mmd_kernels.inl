@@ -1,8 +1,9 @@
-// Vector arithmetic and the kernels of mmd.inl. A kernel gives k and its slope from
+// Vector arithmetic and the kernels of mmd.inl. A kernel gives k, in order 1 its slope and in order 2 its bend from
 //   expanded, direct: u = ‖a − b‖²/base, w = −dk/du, expanded from norms or summed from the differences themselves (kernels
 //                     of d: where d is near zero an expanded d² has no digit right);
-//   inner:            u = ⟨a, b⟩/base, w = dk/du.
-// A pair that is none (padding, an excluded diagonal) comes as a u of at least ±`none`: k and w are zero there. Kernels
+//   inner:            u = ⟨a, b⟩/base, w = dk/du;
+//   all:              e = d²k/du².
+// A pair that is none (padding, an excluded diagonal) comes as a u of at least ±`none`: k, w and e are zero there. Kernels
 // that do not vanish far away by themselves look for it.
 
 #define FASTGEN_INLINE inline __attribute__((always_inline))
@@ -132,8 +133,9 @@ struct ImqPairs {
         : b1(T(p.at(1))), b2(T(p.at(2))), b3(T(p.at(3))), base(p.at(0)) {}
     double at_zero() const { return 7; }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>&) const {
+        static_assert(order < 2, "second derivatives take any scales as they are: ImqSum");
         const Vec<T> v = reciprocal<T>(u + T(1));
         const Vec<T> vv = v * v, z = v - vv;
         const Vec<T> q1 = z * b1 + T(1), q2 = z * b2 + T(1), q3 = z * b3 + T(1);
@@ -141,7 +143,7 @@ struct ImqPairs {
         const Vec<T> i1 = r3 * q2, i2 = r3 * q1, i3 = r * q12;
         const Vec<T> g = (i1 + i2 + i3) * T(2) + T(1);
         const Vec<T> j1 = i1 * b1, j2 = i2 * b2, j3 = i3 * b3;
-        if constexpr (slope) {
+        if constexpr (order > 0) {
             const Vec<T> s = j1 * i1 + j2 * i2 + j3 * i3;
             w = vv * ((T(1) - z * T(4)) * s + g);
         }
@@ -149,7 +151,7 @@ struct ImqPairs {
     }
 };
 
-// Any scales: Σ q, q = 1/(1 + u·a), slope Σ a q², where a = base/c.
+// Any scales: Σ q, q = 1/(1 + u·a), slope Σ a q², bend Σ 2a² q³, where a = base/c.
 template <class T>
 struct ImqSum {
     static constexpr Metric metric = expanded;
@@ -162,15 +164,17 @@ struct ImqSum {
     }
     double at_zero() const { return double(a.size()); }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
-        Vec<T> k{}, total{};
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
+        Vec<T> k{}, total{}, bends{};
         for (const T factor : a) {
-            const Vec<T> q = reciprocal<T>(u * factor + T(1));
+            const Vec<T> q = reciprocal<T>(u * factor + T(1)), slope = q * q * factor;
             k += q;
-            if constexpr (slope) total += q * q * factor;
+            if constexpr (order > 0) total += slope;
+            if constexpr (order > 1) bends += slope * q * factor;
         }
-        if constexpr (slope) w = total;
+        if constexpr (order > 0) w = total;
+        if constexpr (order > 1) e = bends * T(2);
         return k;
     }
 };
@@ -199,27 +203,29 @@ struct Rbf {
     }
     double at_zero() const { return double(rate.size()); }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
-        Vec<T> k{}, total{}, e{};
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
+        Vec<T> k{}, total{}, bends{}, term{};
         for (size_t i = 0; i < rate.size(); ++i) {
             const T g = rate[i];
             const int steps = squarings[i];
             if (steps == 0)
-                e = exp_negative<T>(u * -g);
+                term = exp_negative<T>(u * -g);
             else if (steps == 1)
-                e = e * e;
+                term = term * term;
             else
-                e = (e * e) * (e * e);
-            k += e;
-            if constexpr (slope) total += e * g;
+                term = (term * term) * (term * term);
+            k += term;
+            if constexpr (order > 0) total += term * g;
+            if constexpr (order > 1) bends += term * (g * g);
         }
-        if constexpr (slope) w = total;
+        if constexpr (order > 0) w = total;
+        if constexpr (order > 1) e = bends;
         return k;
     }
 };
 
-// Σ e^(−g d), slope Σ g e^(−g d)/2d.
+// Σ e^(−g d), slope Σ g e^(−g d)/2d, bend Σ g (1 + g d) e^(−g d)/4d³.
 template <class T>
 struct Laplacian {
     static constexpr Metric metric = direct;
@@ -234,21 +240,23 @@ struct Laplacian {
     }
     double at_zero() const { return double(rate.size()); }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
-        Vec<T> k{}, total{}, inverse;
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
+        Vec<T> k{}, total{}, bends{}, inverse;
         const Vec<T> d = root<T>(u, inverse);
         for (const T g : rate) {
-            const Vec<T> e = exp_negative<T>(d * -g);
-            k += e;
-            if constexpr (slope) total += e * g;
+            const Vec<T> term = exp_negative<T>(d * -g), slope = term * g;
+            k += term;
+            if constexpr (order > 0) total += slope;
+            if constexpr (order > 1) bends += slope * (d * g + T(1));
         }
-        if constexpr (slope) w = total * inverse * T(0.5);
+        if constexpr (order > 0) w = total * inverse * T(0.5);
+        if constexpr (order > 1) e = bends * inverse * inverse * inverse * T(0.25);
         return k;
     }
 };
 
-// −d, slope 1/2d.
+// −d, slope 1/2d, bend 1/4d³.
 template <class T>
 struct Energy {
     static constexpr Metric metric = direct;
@@ -258,16 +266,17 @@ struct Energy {
     explicit Energy(const std::vector<double>&) {}
     double at_zero() const { return 0; }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
         Vec<T> inverse;
         const Vec<T> d = root<T>(u, inverse);
-        if constexpr (slope) w = u >= none<T> ? Vec<T>{} : inverse * T(0.5);
+        if constexpr (order > 0) w = u >= none<T> ? Vec<T>{} : inverse * T(0.5);
+        if constexpr (order > 1) e = w * inverse * inverse * T(0.5);
         return u >= none<T> ? Vec<T>{} : -d;
     }
 };
 
-// Σ (1 + u/α)^−α with base 2ℓ², slope Σ (1 + u/α)^−(α+1).
+// Σ (1 + u/α)^−α with base 2ℓ², slope Σ (1 + u/α)^−(α+1), bend Σ (1 + 1/α) (1 + u/α)^−(α+2).
 template <class T>
 struct RationalQuadratic {
     static constexpr Metric metric = expanded;
@@ -283,16 +292,18 @@ struct RationalQuadratic {
     }
     double at_zero() const { return double(alpha.size()); }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
-        Vec<T> k{}, total{};
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
+        Vec<T> k{}, total{}, bends{};
         for (size_t i = 0; i < alpha.size(); ++i) {
-            const Vec<T> t = u * inverse[i] + T(1);
-            const Vec<T> e = exp_negative<T>(log_above_one<T>(t) * -alpha[i]);
-            k += e;
-            if constexpr (slope) total += e * reciprocal<T>(t);
+            const Vec<T> t = u * inverse[i] + T(1), shrink = reciprocal<T>(t);
+            const Vec<T> term = exp_negative<T>(log_above_one<T>(t) * -alpha[i]);
+            k += term;
+            if constexpr (order > 0) total += term * shrink;
+            if constexpr (order > 1) bends += term * shrink * shrink * (inverse[i] + T(1));
         }
-        if constexpr (slope) w = u >= none<T> ? Vec<T>{} : total;
+        if constexpr (order > 0) w = u >= none<T> ? Vec<T>{} : total;
+        if constexpr (order > 1) e = u >= none<T> ? Vec<T>{} : bends;
         return u >= none<T> ? Vec<T>{} : k;
     }
 };
@@ -309,12 +320,16 @@ struct Polynomial {
     explicit Polynomial(const std::vector<double>& p) : degree(int(p.at(0))), coef(T(p.at(2))), base(1 / p.at(1)) {}
     double at_zero() const { return 0; }
 
-    template <bool slope>
-    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w) const {
+    template <int order>
+    FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
         const Vec<T> v = u + coef;
-        Vec<T> power = splat<T>(T(1));
-        for (int i = 1; i < degree; ++i) power *= v;
-        if constexpr (slope) w = u <= -none<T> ? Vec<T>{} : power * T(degree);
+        Vec<T> power = splat<T>(T(1)), before{};  // v^(p − 1) and v^(p − 2)
+        for (int i = 1; i < degree; ++i) {
+            before = power;
+            power *= v;
+        }
+        if constexpr (order > 0) w = u <= -none<T> ? Vec<T>{} : power * T(degree);
+        if constexpr (order > 1) e = u <= -none<T> ? Vec<T>{} : before * T(degree) * T(degree - 1);
         return u <= -none<T> ? Vec<T>{} : power * v;
     }
 };

@@ -1,12 +1,14 @@
 """Maximum mean discrepancy: value and gradients in one pass, in memory that grows with N + M and not with N·M."""
 
+import functools
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgen import check
-from fastgen.functional.mmd_group import check_group, grouped, others
+from fastgen.functional.mmd_group import check_group, grouped
 from fastgen.functional.mmd_kernels import (
     IMQ,
     RBF,
@@ -17,6 +19,7 @@ from fastgen.functional.mmd_kernels import (
     RationalQuadratic,
     resolve,
 )
+from fastgen.functional.mmd_weights import check_weight, taken_out, weighted
 from fastgen.ops import mmd as ops
 
 __all__ = [
@@ -43,17 +46,17 @@ class _MMD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, options: Options) -> Tensor:
-        for_x, for_y = ctx.needs_input_grad[:2]
+        for_x, for_y, _ = ctx.needs_input_grad
         ctx.options = options
+        value: Tensor
+        gx = gy = None
         if for_x and for_y:
-            value, gx, gy = ops.value_grad(x, y, *options)
-            ctx.save_for_backward(x, y, gx, gy)
+            value, gx, gy = ops.call(2, x, y, options)
         elif for_x:
-            value, gx = ops.value_grad_x(x, y, *options)
-            ctx.save_for_backward(x, y, gx, None)
+            value, gx = ops.call(1, x, y, options)
         else:
-            value, gy = ops.value_grad_x(y, x, *_swapped(options))
-            ctx.save_for_backward(x, y, None, gy)
+            value, gy = ops.call(1, y, x, _swapped(options))
+        ctx.save_for_backward(x, y, gx, gy)
         return value
 
     @staticmethod
@@ -143,64 +146,42 @@ def evaluate(x: Tensor, y: Tensor, options: Options) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         result: Tensor = _MMD.apply(x, y, options)
         return result
-    return ops.value(x, y, *options)
+    return ops.call(0, x, y, options)[0]
 
 
-def check_weight(name: str, weight: Any, points_name: str, points: Tensor) -> Tensor:
-    """The weights, [N] or [B, N], as they are."""
-    check.tensor(name, weight, ndim=(1, 2))
-    if weight.shape not in (points.shape[-2:-1], points.shape[:-1]):
-        expected = " or ".join(dict.fromkeys(str(list(s)) for s in (points.shape[-2:-1], points.shape[:-1])))
-        raise ValueError(f"{name}: expected shape {expected} to go with {points_name}, got {list(weight.shape)}")
-    if weight.device != points.device:
-        raise ValueError(f"{name}: expected the device of {points_name}, {points.device}, got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{name}: gradients in weights are not built yet; what works: {name}.detach()")
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        # On a GPU, and in a compiled graph, looking would wait for the device or break the graph: NaN tells there.
-        if bool((weight < 0).any()):
-            raise ValueError(f"{name}: expected no negative weight, got {float(weight.min())}")
-        if bool((weight.sum(-1) == 0).any()):
-            raise ValueError(f"{name}: expected weights that do not sum to zero")
-    return weight
+@functools.lru_cache(maxsize=256)
+def _options(kernel: Kernel | str, d: int, estimator: str, precision: str) -> Options:
+    kind, parameters = resolve(kernel)._op(d)
+    return kind, tuple(parameters), estimator, precision
 
 
-def _taken_out(points: Tensor, weight: Tensor | None) -> Tensor:
-    """Points of no weight moved onto one that has some: wherever they lie, they do not move the common centre."""
-    if weight is None:
-        return points
-    weight = weight.detach().expand(points.shape[:-1])
-    kept = torch.take_along_dim(points.detach(), weight.argmax(-1, keepdim=True)[..., None], dim=-2)
-    return torch.where(weight[..., None] == 0, kept, points)
-
-
-def _shares(weight: Tensor | None, points: Tensor) -> Tensor:
-    """Weights that sum to one in float64, [N] or [B, N]; NaN where they cannot."""
-    if weight is None:
-        n = points.shape[-2]
-        return points.new_full((n,), 1 / n, dtype=torch.float64)
-    weight = weight.detach().double()
-    weight = weight / weight.amax(-1, keepdim=True)  # whose sum cannot overflow
-    good = (weight >= 0).all(-1, keepdim=True)
-    return torch.where(good, weight / weight.sum(-1, keepdim=True), float("nan"))
-
-
-def weighted(
-    x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, estimator: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q and the coefficients of XX, YY and XY."""
-    p, q = _shares(x_weight, x), _shares(y_weight, y)
-    # What is left of the weights' product once the pairs i = i are out: nothing, if one point has all the weight.
-    left = [p.new_ones(()) for _ in range(3)]
-    if estimator != "biased":
-        rest = others(q)
-        left[:2] = (p * others(p)).sum(-1), (q * rest).sum(-1)
-        if estimator == "u_statistic":
-            left[2] = (p * rest).sum(-1)
-    parts = [torch.where(share > 0, 1 / share, float("nan")) for share in left]
-    coefficients = torch.stack(torch.broadcast_tensors(*parts), -1)
-    dtype = ops.accumulator(x.dtype)
-    return p.to(dtype), q.to(dtype), coefficients
+def _plain(x: Any, y: Any, kernel: Any, estimator: Any, precision: Any) -> Options | None:
+    """The options of a call with nothing to say about it, or None: `_checked` then says it. A tenth of its time."""
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(x, Tensor)
+        or not isinstance(y, Tensor)
+        or (type(kernel) is not str and not isinstance(kernel, Kernel))
+        or estimator not in ESTIMATORS
+        or precision not in PRECISIONS
+    ):
+        return None
+    n, m = x.shape, y.shape
+    good = (
+        x.dtype is y.dtype
+        and x.dtype in check.FLOATS
+        and x.layout is torch.strided
+        and y.layout is torch.strided
+        and x.device == y.device
+        and len(n) == len(m)
+        and (len(n) == 2 or (len(n) == 3 and n[0] == m[0]))
+        and n[-1] == m[-1] > 0
+        and n[-2] > 1
+        and m[-2] > 1
+        and (estimator != "u_statistic" or n == m)
+        and forward_ad._current_level < 0
+    )
+    return _options(kernel, n[-1], estimator, precision) if good else None
 
 
 def mmd(
@@ -277,6 +258,39 @@ def compute(
     y_term: Tensor | None = None,
 ) -> Tensor:
     """`mmd`; where `y_term` is given, `own_term` of y, the sum over y's own pairs is not made again."""
+    if x_weight is None and y_weight is None and group is None and y_term is None:
+        options = _plain(x, y, kernel, estimator, precision)
+        if options is not None:
+            return evaluate(x, y, options)
+    given = (x, y, kernel, estimator, x_weight, y_weight, precision)
+    if group is not None:
+        check_group(group)
+        try:
+            checked: Any = _checked(*given, shards=True)
+        except Exception as problem:
+            checked = problem
+        return grouped(checked, x_weight, y_weight, group)
+    x, y, options = _checked(*given)
+    terms = ops.ALL if y_term is None else ops.ALL & ~2
+    if x_weight is not None or y_weight is not None:
+        options = (*options, *weighted(x, y, x_weight, y_weight, estimator), terms)
+    elif y_term is not None:
+        options = (*options, None, None, None, terms)
+    value = evaluate(x, y, options)
+    return value if y_term is None else value + y_term
+
+
+def _checked(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel | str,
+    estimator: str,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    precision: str,
+    shards: bool = False,
+) -> tuple[Tensor, Tensor, Options]:
+    """The points, those of no weight taken out, and the options; `shards` may be small, and of different sizes."""
     check.tensor("x", x, ndim=(2, 3))
     check.tensor("y", y, ndim=(2, 3))
     check.no_tangent("mmd", x, y, x_weight, y_weight)
@@ -287,32 +301,21 @@ def compute(
     chosen = resolve(kernel)
     check.choice("estimator", estimator, ESTIMATORS)
     check.choice("precision", precision, PRECISIONS)
-    if group is not None:
-        check_group(group)
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         expected = [*x.shape[:-2], "M", x.shape[-1]]
         raise ValueError(f"y: expected shape [{', '.join(map(str, expected))}] to go with x, got {list(y.shape)}")
-    _check_count("x", x, estimator, group)
-    _check_count("y", y, estimator, group)
+    if not shards:
+        _check_count("x", x, estimator)
+        _check_count("y", y, estimator)
+        if estimator == "u_statistic" and x.shape[-2] != y.shape[-2]:
+            raise ValueError(f"y: expected as many points as x for {estimator=}, {x.shape[-2]}, got {y.shape[-2]}")
     if x.shape[-1] < 1:
         raise ValueError(f"x: expected at least 1 coordinate, got shape {list(x.shape)}")
-    if estimator == "u_statistic" and group is None and x.shape[-2] != y.shape[-2]:
-        raise ValueError(f"y: expected as many points as x for {estimator=}, {x.shape[-2]}, got {y.shape[-2]}")
-    kind, parameters = chosen._op(x.shape[-1])
-    options: Options = (kind, parameters, estimator, precision)
     for name, weight, points_name, points in (("x_weight", x_weight, "x", x), ("y_weight", y_weight, "y", y)):
         if weight is not None:
             check_weight(name, weight, points_name, points)
-    x, y = _taken_out(x, x_weight), _taken_out(y, y_weight)
-    if group is not None:
-        return grouped(x, y, kind, parameters, estimator, precision, x_weight, y_weight, group)
-    terms = ops.ALL if y_term is None else ops.ALL & ~2
-    if x_weight is not None or y_weight is not None:
-        options = (*options, *weighted(x, y, x_weight, y_weight, estimator), terms)
-    elif y_term is not None:
-        options = (*options, None, None, None, terms)
-    value = evaluate(x, y, options)
-    return value if y_term is None else value + y_term
+    kind, parameters = chosen._op(x.shape[-1])
+    return taken_out(x, x_weight), taken_out(y, y_weight), (kind, parameters, estimator, precision)
 
 
 def own_term(
@@ -325,14 +328,14 @@ def own_term(
     kind, parameters = resolve(kernel)._op(y.shape[-1])
     options: Options = (kind, parameters, estimator, precision)
     if weight is None:
-        return ops.value(y, y, *options, None, None, None, 1)
+        return ops.call(0, y, y, (*options, None, None, None, 1))[0]
     check_weight("y_weight", weight, "y", y)
-    y = _taken_out(y, weight)
+    y = taken_out(y, weight)
     q, _, coefficients = weighted(y, y, weight, weight, estimator)
-    return ops.value(y, y, *options, q, q, coefficients, 1)
+    return ops.call(0, y, y, (*options, q, q, coefficients, 1))[0]
 
 
-def _check_count(name: str, points: Tensor, estimator: str, group: Any = None) -> None:
-    least = 1 if estimator == "biased" or group is not None else 2
+def _check_count(name: str, points: Tensor, estimator: str) -> None:
+    least = 1 if estimator == "biased" else 2
     if points.shape[-2] < least:
         raise ValueError(f"{name}: expected at least {least} points for {estimator=}, got shape {list(points.shape)}")

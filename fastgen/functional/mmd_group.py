@@ -1,5 +1,7 @@
 """MMD² of samples that are spread over the processes of a torch.distributed group: one number, not an average."""
 
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.mmd_weights import weighted
 from fastgen.ops import mmd as ops
-
-_DTYPES = check.FLOATS
 
 
 def check_group(group: Any) -> None:
@@ -18,18 +19,22 @@ def check_group(group: Any) -> None:
 
 
 def grouped(
-    x: Tensor,
-    y: Tensor,
-    kind: str,
-    parameters: list[float],
-    estimator: str,
-    precision: str,
+    checked: tuple[Tensor, Tensor, tuple[Any, ...]] | Exception,
     x_weight: Tensor | None,
     y_weight: Tensor | None,
     group: Any,
 ) -> Tensor:
-    """The value of all shards together, the same on every process, with this process's part of the gradient."""
-    result: Tensor = _Grouped.apply(x, y, (kind, parameters, estimator, precision, x_weight, y_weight, group))
+    """The value of all shards together, the same on every process, with this process's part of the gradient.
+
+    checked: this process's points, kernel, parameters, estimator and precision, or what is wrong with its arguments: all
+    processes hear of it, and none waits for one that has left."""
+    use_of_weights = x_weight is not None or y_weight is not None
+    if isinstance(checked, Exception):
+        _exchange([0] * 8, group)
+        raise checked
+    x, y, options = checked
+    counts = _counts(x, y, options, use_of_weights, group)
+    result: Tensor = _Grouped.apply(x, y, (*options, x_weight, y_weight, group, counts))
     return result
 
 
@@ -54,66 +59,37 @@ class _Grouped(torch.autograd.Function):
         return gx, gy, None
 
 
-def _counts(x: Tensor, y: Tensor, weighted: bool, estimator: str, group: Any) -> list[tuple[int, int]]:
+def _exchange(own: list[int], group: Any) -> list[list[int]]:
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    mine = torch.tensor(own, dtype=torch.int64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, mine, group=group)
+    found: list[list[int]] = torch.stack(rows).tolist()
+    return found
+
+
+def _counts(x: Tensor, y: Tensor, options: tuple[Any, ...], weighted: bool, group: Any) -> list[tuple[int, int]]:
     """(N, M) of every process; what does not fit together raises on all of them."""
     batch = x.shape[0] if x.ndim == 3 else -1
-    own = [x.shape[-2], y.shape[-2], x.shape[-1], batch, _DTYPES.index(x.dtype), int(weighted)]
-    mine = torch.tensor(own, dtype=torch.int64, device=x.device)
-    shapes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shapes, mine, group=group)
-    rows = torch.stack(shapes).tolist()
-    for name, column in (("coordinates", 2), ("batches", 3), ("dtypes", 4), ("use of weights", 5)):
+    chosen = zlib.crc32(repr(options).encode())
+    own = [1, x.shape[-2], y.shape[-2], x.shape[-1], batch, check.FLOATS.index(x.dtype), int(weighted), chosen]
+    rows = _exchange(own, group)
+    if wrong := [rank for rank, row in enumerate(rows) if not row[0]]:
+        raise ValueError(f"group: expected good arguments on every process, got errors on {wrong}")
+    names = "coordinates", "batches", "dtypes", "use of weights", "kernel, estimator and precision"
+    for column, name in enumerate(names, 3):
         found = [row[column] for row in rows]
         if len(set(found)) > 1:
             raise ValueError(f"group: expected the same {name} on every process, got {found}")
-    counts = [(row[0], row[1]) for row in rows]
+    counts = [(row[1], row[2]) for row in rows]
+    estimator = options[2]
     least = 1 if estimator == "biased" else 2
-    for name, total, smallest in zip(
-        ("x", "y"), map(sum, zip(*counts, strict=True)), map(min, zip(*counts, strict=True)), strict=True
-    ):
-        if smallest < 1 or total < least:
+    for name, shards in zip(("x", "y"), zip(*counts, strict=True), strict=True):
+        if min(shards) < 1 or sum(shards) < least:
             raise ValueError(f"{name}: expected points on every process, {least} in all for {estimator=}, got {counts}")
     if estimator == "u_statistic" and any(n != m for n, m in counts):
         raise ValueError(f"y: expected as many points as x on every process for {estimator=}, got {counts}")
     return counts
-
-
-def others(p: Tensor, group: Any = None) -> Tensor:
-    """1 − p of weights that sum to one, made of the others' sum where one has most: the difference would cancel."""
-    small = p.masked_fill(p > 0.5, 0).sum(-1, keepdim=True)
-    if group is not None:
-        dist.all_reduce(small, group=group)
-    return torch.where(p > 0.5, small, 1 - p)
-
-
-def _shares(
-    x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, n: int, m: int, estimator: str, group: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """This process's part of weights that sum to one over the group, and the coefficients of XX, YY and XY."""
-    if x_weight is None and y_weight is None:
-        return None, None, torch.tensor(ops.coefficients(n, m, estimator), dtype=torch.float64, device=x.device)
-    p, q = (
-        (points.new_ones(points.shape[:-1], dtype=torch.float64) if w is None else w.double().expand(points.shape[:-1]))
-        for points, w in ((x, x_weight), (y, y_weight))
-    )
-    most = torch.stack([p.amax(-1), q.amax(-1)])
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    p, q = p / most[0][..., None], q / most[1][..., None]  # whose sum cannot overflow
-    totals = torch.stack([p.sum(-1), q.sum(-1)])
-    dist.all_reduce(totals, group=group)
-    p, q = p / totals[0][..., None], q / totals[1][..., None]
-    rest = others(q, group)
-    left = torch.stack([(p * others(p, group)).sum(-1), (q * rest).sum(-1), p.sum(-1)])
-    if estimator == "u_statistic":
-        left[2] = (p * rest).sum(-1)
-    dist.all_reduce(left, group=group)
-    if estimator == "biased":
-        left = torch.ones_like(left)
-    elif estimator == "unbiased":
-        left[2] = 1
-    a = torch.where(left > 0, 1 / left, float("nan")).movedim(0, -1)
-    dtype = ops.accumulator(x.dtype)
-    return p.to(dtype).contiguous(), q.to(dtype).contiguous(), a.contiguous()
 
 
 def _forward(
@@ -122,17 +98,22 @@ def _forward(
     for_x: bool,
     for_y: bool,
     kind: str,
-    parameters: list[float],
+    parameters: Sequence[float],
     estimator: str,
     precision: str,
     x_weight: Tensor | None,
     y_weight: Tensor | None,
     group: Any,
+    counts: list[tuple[int, int]],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, y = x.contiguous(), y.contiguous()
-    counts = _counts(x, y, x_weight is not None or y_weight is not None, estimator, group)
-    n, m = (sum(c) for c in zip(*counts, strict=True))
-    p, q, a = _shares(x, y, x_weight, y_weight, n, m, estimator, group)
+    p: Tensor | None = None
+    q: Tensor | None = None
+    if x_weight is None and y_weight is None:
+        n, m = (sum(shards) for shards in zip(*counts, strict=True))
+        a = torch.tensor(ops.coefficients(n, m, estimator), dtype=torch.float64, device=x.device)
+    else:
+        p, q, a = weighted(x, y, x_weight, y_weight, estimator, group)
     own = (x, y, kind, parameters, estimator, precision, p, q, a)
     value = torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device)
     gx = gy = None

@@ -14,13 +14,15 @@ def _scale(name: str, value: Any) -> None:
     check.number(name, value, above=0, least=1e-100, most=1e100)
 
 
-def _positive(name: str, values: Any) -> None:
+def _positive(kernel: Any, name: str) -> None:
+    values = getattr(kernel, name)
     if isinstance(values, (str, Tensor)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a tuple of numbers, got {check.describe(values)}")
     if not values:
         raise ValueError(f"{name}: expected at least one number, got none")
     for v in values:
         _scale(name, v)
+    object.__setattr__(kernel, name, tuple(values))  # a list could be changed, and has no hash
 
 
 def _bandwidths(given: tuple[float, ...] | None, d: int) -> Sequence[float]:
@@ -44,7 +46,7 @@ class IMQ:
     base: float | None = None
 
     def __post_init__(self) -> None:
-        _positive("scales", self.scales)
+        _positive(self, "scales")
         if self.base is not None:
             _scale("base", self.base)
 
@@ -69,7 +71,7 @@ class RBF:
 
     def __post_init__(self) -> None:
         if self.bandwidths is not None:
-            _positive("bandwidths", self.bandwidths)
+            _positive(self, "bandwidths")
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         return "rbf", [0.5 / (b * b) for b in _bandwidths(self.bandwidths, d)]
@@ -93,7 +95,7 @@ class Laplacian:
 
     def __post_init__(self) -> None:
         if self.bandwidths is not None:
-            _positive("bandwidths", self.bandwidths)
+            _positive(self, "bandwidths")
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         return "laplacian", [1 / b for b in _bandwidths(self.bandwidths, d)]
@@ -128,7 +130,7 @@ class RationalQuadratic:
     lengthscale: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive("alphas", self.alphas)
+        _positive(self, "alphas")
         _scale("lengthscale", self.lengthscale)
 
     def _op(self, d: int) -> tuple[str, list[float]]:

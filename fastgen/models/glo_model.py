@@ -13,7 +13,7 @@ from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle_pool import codes
 from fastgen.models.imle_space import LAYERS
 from fastgen.models.row_adam import project
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import Run, arguments_of, generator, row_loader
 from fastgen.nn import PerceptualLoss
 
 
@@ -73,7 +73,7 @@ class GLOModel(Decoder):
         latent_lr: float = 1e-2,
         seed: int = 0,
     ) -> None:
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k != "self"}
+        self.arguments = arguments_of(locals())
         for name in ("latent_dim", "width", "epochs"):
             check.integer(name, self.arguments[name], least=1)
         check.integer("batch", batch, least=2)  # BatchNorm has no statistics of one row
@@ -98,10 +98,9 @@ class GLOModel(Decoder):
         """Train into the folder `out`, with a checkpoint each epoch; resume and trainer as `GLANN.fit`."""
         a = self.arguments
         loss = self._loss(images.shape)  # what it lacks is said before the folder is claimed
-        run = Run.start(out, {"model": "glo", "data": images.name, "arguments": a}, resume=resume)
-        with run.phase("glo"):
-            module = self._module(images.train, loss)
-            run.fit("glo", module, row_loader(len(images.train), a["batch"], a["seed"]), a["epochs"], trainer or {})
+        run = Run.start(out, "glo", images, a, resume=resume)
+        module = self._module(images.train, loss)
+        run.fit("glo", module, row_loader(len(images.train), a["batch"], a["seed"]), a["epochs"], trainer or {})
         run.note_peak("train")
         return self._take(module)
 
@@ -135,10 +134,8 @@ class GLOModel(Decoder):
             torch.manual_seed(a["seed"])
             kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
             latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
-            return GLO(
-                images, loss, latent, width=a["width"], generator_lr=a["generator_lr"], latent_lr=a["latent_lr"],
-                steps=a["epochs"] * (len(images) // min(a["batch"], len(images))), sphere_or_ball=a["latent_space"],
-            )  # fmt: skip
+            rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
+            return GLO(images, loss, latent, width=a["width"], **rates, sphere_or_ball=a["latent_space"])
 
     def _take(self, module: GLO) -> "GLOModel":
         self.generator = module.generator.cpu().eval()

@@ -51,6 +51,27 @@ def work(rank: int, world: int, folder: str) -> None:
             wrong = torch.zeros(5 + rank, 5 if bad.get("estimator") else 3 + rank, dtype=torch.float64)
             with pytest.raises(ValueError, match="on every process"):
                 F.mmd(wrong, wrong[:4], group=dist.group.WORLD, **bad)
+        good, weight = torch.randn(6, 3), torch.rand(6) + 0.1
+        for wrong_there, error, says in (
+            ({"x_weight": -weight}, ValueError, "x_weight: expected no negative weight"),
+            ({"x_weight": weight[:4]}, ValueError, r"x_weight: expected shape \[6\]"),
+            ({"y": [1.0]}, TypeError, r"y: expected a torch\.Tensor, got list"),
+            ({"estimator": "mean"}, ValueError, "estimator: expected one of"),
+        ):
+            given = {"x": good, "y": good, "x_weight": weight} | (wrong_there if rank == 1 else {})
+            here = (
+                (error, says)
+                if rank == 1
+                else (ValueError, r"group: expected good arguments on every process, .* \[1\]")
+            )
+            with pytest.raises(here[0], match=here[1]):
+                F.mmd(**given, group=dist.group.WORLD)
+        with pytest.raises(
+            ValueError, match="group: expected the same kernel, estimator and precision on every process"
+        ):
+            F.mmd(good, good, kernel=F.RBF((1.0 + rank,)), group=dist.group.WORLD)
+        weight[2] = float("nan") if rank == 1 else 1.0
+        assert F.mmd(good, good, x_weight=weight, group=dist.group.WORLD).isnan()
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 

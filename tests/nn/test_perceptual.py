@@ -275,6 +275,7 @@ def test_glann_is_the_official_loss(oracle, side, channels, levels):
 def test_glann_taps_to_the_bit():
     """Modules 2, 7, 12 and 21 of torchvision's features: the last before its ReLU, the others behind it."""
     features, state = random_vgg()
+    features.requires_grad_(False)
     loss, x = GLANNLoss(state), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         z, want = 2 * x - 1, []

@@ -1,0 +1,82 @@
+"""Weights of the points of an MMD: what may be one, and what they make of its three sums."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgen import check
+from fastgen.ops import mmd as ops
+
+
+def check_weight(name: str, weight: Any, points_name: str, points: Tensor) -> Tensor:
+    """The weights, [N] or [B, N], as they are."""
+    check.tensor(name, weight, ndim=(1, 2))
+    if weight.shape not in (points.shape[-2:-1], points.shape[:-1]):
+        expected = " or ".join(dict.fromkeys(str(list(s)) for s in (points.shape[-2:-1], points.shape[:-1])))
+        raise ValueError(f"{name}: expected shape {expected} to go with {points_name}, got {list(weight.shape)}")
+    if weight.device != points.device:
+        raise ValueError(f"{name}: expected the device of {points_name}, {points.device}, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name}: gradients in weights are not built yet; what works: {name}.detach()")
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU, and in a compiled graph, looking would wait for the device or break the graph: NaN tells there.
+        if bool((weight < 0).any()):
+            raise ValueError(f"{name}: expected no negative weight, got {float(weight.min())}")
+        if bool((weight.sum(-1) == 0).any()):
+            raise ValueError(f"{name}: expected weights that do not sum to zero")
+    return weight
+
+
+def taken_out(points: Tensor, weight: Tensor | None) -> Tensor:
+    """Points of no weight moved onto one that has some: wherever they lie, they do not move the common centre."""
+    if weight is None:
+        return points
+    weight = weight.detach().expand(points.shape[:-1])
+    kept = torch.take_along_dim(points.detach(), weight.argmax(-1, keepdim=True)[..., None], dim=-2)
+    return torch.where(weight[..., None] == 0, kept, points)
+
+
+def weighted(
+    x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, estimator: str, group: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p and q, the weights made to sum to one, [N] or [B, N] and [M] or [B, M], and the coefficients of XX, YY and XY,
+    [3] or [B, 3] float64; NaN where there are none. With a group its processes' points together are the samples."""
+    p, q = (
+        points.new_ones(points.shape[:-1], dtype=torch.float64)
+        if weight is None
+        else weight.detach().double().expand(points.shape[:-1])
+        for points, weight in ((x, x_weight), (y, y_weight))
+    )
+    p, q = (torch.where(w >= 0, w, float("nan")) for w in (p, q))
+    p, q = _divided(p, q, _of_all(torch.stack([p.amax(-1), q.amax(-1)]), group, "max"))  # sums cannot overflow then
+    p, q = _divided(p, q, _of_all(torch.stack([p.sum(-1), q.sum(-1)]), group))
+    # What is left of the weights' product once the pairs i = i are out: nothing, if one point has all the weight.
+    left = torch.ones((3, *p.shape[:-1]), dtype=torch.float64, device=x.device)
+    if estimator != "biased":
+        rest = _others(q, group)
+        apart = [(p * _others(p, group)).sum(-1), (q * rest).sum(-1)]
+        if estimator == "u_statistic":
+            apart.append((p * rest).sum(-1))
+        left = torch.cat([_of_all(torch.stack(apart), group), left[len(apart) :]])
+    coefficients = torch.where(left > 0, 1 / left, float("nan")).movedim(0, -1).contiguous()
+    dtype = ops.accumulator(x.dtype)
+    return p.to(dtype), q.to(dtype), coefficients
+
+
+def _divided(p: Tensor, q: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    return p / by[0, ..., None], q / by[1, ..., None]
+
+
+def _of_all(own: Tensor, group: Any, operation: str = "sum") -> Tensor:
+    """The sums, or greatest, of what the group's processes have; in place."""
+    if group is not None:
+        dist.all_reduce(own, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=group)
+    return own
+
+
+def _others(p: Tensor, group: Any) -> Tensor:
+    """1 − p of weights that sum to one, made of the others' sum where one has most: the difference would cancel."""
+    small = _of_all(p.masked_fill(p > 0.5, 0).sum(-1, keepdim=True), group)
+    return torch.where(p > 0.5, small, 1 - p)
