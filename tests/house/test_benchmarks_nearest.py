@@ -39,6 +39,7 @@ def test_a_team_answers_and_goes_home(ring: ModuleType) -> None:
         assert torch.equal(distance, whole.distance[:, 0])
         assert torch.equal(index, whole.index[:, 0])
     processes[1].kill()
+    processes[1].wait()
     with pytest.raises(RuntimeError, match=r"process [01] of 2: "):
         team()
     del team
