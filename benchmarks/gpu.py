@@ -78,6 +78,8 @@ def _compile(family: str, index: int, for_target: str) -> str | None:
     from fastgen.kernels import aot
 
     spec = list(aot.specs((family,), True))[index]
+    if for_target in spec.never:
+        return None
     try:
         aot.compile_spec(spec, for_target)
     except Exception as error:
@@ -200,10 +202,10 @@ def search(
 
 def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]]:
     """step -> kernel, key, candidates, the table's own, family, name of the ahead-of-time spec, work to time."""
-    from fastgen.kernels import launch
+    from fastgen.kernels import mmd_launch
 
     found: dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]] = {}
-    columns = [n for n in (16, 32, 64, 128) if launch.MMD_ROWS % n == 0]
+    columns = [n for n in (16, 32, 64, 128) if mmd_launch.ROWS % n == 0]
     grid = [
         {"BLOCK_N": n, "num_warps": warps, "num_stages": stages}
         for n in columns
@@ -212,7 +214,7 @@ def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, 
     ]
     for kernel in ("grad", "value"):
         for dp in (16, 64, 128):
-            default = {k: v for k, v in launch.mmd_blocks(kernel, dp).items() if k != "BLOCK_M"}
+            default = {k: v for k, v in mmd_launch.blocks(kernel, dp).items() if k != "BLOCK_M"}
             spec, work = f"{kernel} imq_pairs D={dp} bf16x3", f"mmd {kernel} {dp}"
             found[f"mmd_{kernel} D={dp}"] = (f"mmd_{kernel}", f"D={dp}", grid, default, "mmd", spec, work)
     orders = [{"largest_first": list(order)} for order in ((1024, 512, 256, 128), (512, 256, 128), (256, 128), (128,))]

@@ -74,8 +74,10 @@ def bisect(fits: Any, first: int = 256, most: int = 1 << 24) -> tuple[int, str]:
     n = first
     while n <= most:
         answer = fits(n)
+        if isinstance(answer, str):  # time and not memory: where exactly is worth no more of it
+            return low, answer
         if answer is not True:
-            high, ended = n, answer if isinstance(answer, str) else "memory"
+            high, ended = n, "memory"
             break
         low, n = n, 2 * n
     if high is None:

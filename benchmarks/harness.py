@@ -26,12 +26,14 @@ class Provider:
     setup: inputs -> Run. ImportError lists the provider as missing, any other exception as failed.
     devices: where it can run at all; elsewhere it has no row.
     outside: it allocates device memory that torch's allocator does not see (FAISS, KeOps)
+    apart: it computes in processes of its own: its memory is not measured
     check: (inputs, result) -> its error by a standard of its own, and the tolerance of that
     """
 
     setup: Setup
     devices: tuple[str, ...] = DEVICES
     outside: bool = False
+    apart: bool = False
     check: Callable[[Any, Any], float] | None = None
     tolerance: float | None = None
 
@@ -263,7 +265,12 @@ class Measurer:
         del ready, inputs
         gc.collect()
         for name, row in rows.items():
-            if row["status"] == "ok" and self.memory is not None and name != self.base_name:
+            if (
+                row["status"] == "ok"
+                and self.memory is not None
+                and name != self.base_name
+                and not work.provider(name).apart
+            ):
                 row["peak_bytes"] = self.memory(work, name)
         self.rows += rows.values()
         return list(rows.values())

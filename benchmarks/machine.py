@@ -145,8 +145,17 @@ class Load:
         with contextlib.suppress(OSError):
             fields = [int(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
             busy = (sum(fields) - fields[3] - fields[4]) / tick  # all but idle and waiting for a disk
-        for process in self.ours:
+        for process in {p for ours in self.ours for p in _descendants(ours)}:
             with contextlib.suppress(OSError):
                 after = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
                 own += sum(int(f) for f in after[11:15]) / tick  # itself and its finished children
         return time.perf_counter(), busy, own
+
+
+def _descendants(process: int) -> list[int]:
+    """The process and all that it has started, and those again."""
+    found = [process]
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += [p for child in (task / "children").read_text().split() for p in _descendants(int(child))]
+    return found

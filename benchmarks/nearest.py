@@ -1,29 +1,31 @@
 """Exact nearest neighbours: the one row of the database closest to each query, whole and streamed."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Run, Work
+from benchmarks import nearest_ring
+from benchmarks.harness import DEVICES, Provider, Run, Work
 
 # (N, M, D)
 GRID = {
     "demo": [(4000, 40_000, 64)],
     "quick": [(2000, 20_000, 64), (10_000, 10_000, 64)],
     "full": [
-        *((n, n, 64) for n in (1000, 3000, 10_000)),
-        (10_000, 10_000, 784),
-        (4000, 40_000, 64),
+        *((n, n, 64) for n in (1000, 3000)),
+        *((10_000, 10_000, d) for d in (64, 128, 784, 800)),
     ],
 }
 GRID["huge"] = [
     *GRID["full"],
+    (4000, 40_000, 64),
     (30_000, 30_000, 64),
     (128, 100_000, 128),
-    *((n, n, d) for n in (10_000, 100_000, 1_000_000) for d in (128, 800)),
+    *((n, n, d) for n in (100_000, 1_000_000) for d in (128, 800)),
 ]
 # Rows that are drawn as they are searched, by chunks: no provider ever has them all.
 STREAMED = {
@@ -32,6 +34,9 @@ STREAMED = {
     "full": [(1000, 1_000_000, 64)],
     "huge": [(1000, 1_000_000, 64), (1000, 10_000_000, 64), (10_000, 10_000_000, 128)],
 }
+# Where FAISS's search on a CPU goes wrong without a word.
+BAD = {"demo": [], "quick": [(2000, 20_000, 64)], "full": [(10_000, 10_000, 64)], "huge": [(10_000, 10_000, 64)]}
+RING = {"demo": [], "quick": [], "full": [(8000, 40_000, 64)], "huge": [(8000, 40_000, 64)]}
 CHUNK = 50_000
 CHECKED = 500  # queries that the oracle answers
 Inputs = tuple[Tensor, Tensor]
@@ -41,26 +46,31 @@ Found = tuple[Tensor, Tensor]  # squared distances and rows, [N] each
 def works(scale: str) -> list[Work]:
     # The small first: what they take tells which of the large are beyond anyone's patience.
     found = [_work(*size, scale) for size in GRID[scale]] + [_streamed_work(*size) for size in STREAMED[scale]]
+    found += [make(*size) for size in BAD[scale] for make in (_offset_work, _masked_work)]
+    found += [_ring_work(*size) for size in RING[scale]]
     return sorted(found, key=lambda work: work.operations)
 
 
 def growing(series: str, n: int) -> Work:
-    return _work(n, n, 64)
+    work = _work(n, n, 64)  # without those whose time ends the search long before memory does
+    slow = ("keops", "torch.compile")
+    return replace(work, providers={name: one for name, one in work.providers.items() if name not in slow})
 
 
 GROWING = ("top-1",)
 
 
 def _work(n: int, m: int, d: int, scale: str = "full") -> Work:
+    few = ("cuda",) if (scale, d) in (("full", 128), ("full", 800)) else DEVICES  # between and beside those of all
     providers: dict[str, Any] = {
         "fastgen": fastgen,
         "faiss": Provider(faiss, outside=True),
         # On a CPU its search takes seconds where others take milliseconds: shown where the sizes start small.
-        **({} if scale in ("demo", "quick") else {"keops": Provider(keops, outside=True)}),
+        **({} if scale in ("demo", "quick") else {"keops": Provider(keops, few, outside=True)}),
         "flash-kmeans": Provider(flash_kmeans, ("cuda",)),
         "eager": eager,
-        "torch.cdist": cdist,
-        "torch.compile": compiled,
+        "torch.cdist": Provider(cdist, few),
+        "torch.compile": Provider(compiled, few),
     }
     return Work(
         "nearest",
@@ -102,9 +112,61 @@ def _streamed_work(n: int, m: int, d: int) -> Work:
     )
 
 
+def _offset_work(n: int, m: int, d: int) -> Work:
+    """Far from the origin the expansion ‖q‖² − 2 q·b + ‖b‖² cancels."""
+    work = _work(n, m, d, "full")
+    kept = {name: one for name, one in work.providers.items() if name != "torch.compile"}
+    return replace(
+        work,
+        name=f"{work.name}, mean 1000 and deviation 0.01",
+        inputs=partial(offset, n, m, d),
+        providers=kept,
+        series="top-1 far off",
+    )
+
+
+def _masked_work(n: int, m: int, d: int) -> Work:
+    """Half the rows are infinite, as RS-IMLE rejects them, and masked where a provider has a mask."""
+    providers: dict[str, Any] = {
+        "fastgen": masked_fastgen,
+        "faiss": Provider(lambda inputs: faiss(inputs[:2]), ("cpu",)),
+        "faiss, rows copied": Provider(masked_faiss, ("cpu",)),
+        "eager": masked_eager,
+    }
+    return replace(
+        _work(n, m, d),
+        name=f"top-1 of {n} x {m} x {d}, half the rows infinite",
+        inputs=partial(half_infinite, n, m, d),
+        providers=providers,
+        oracle=partial(oracle, lambda inputs: [inputs[1].masked_fill(~inputs[2][:, None], 1e9)]),
+        series="top-1 of half",
+    )
+
+
+def _ring_work(n: int, m: int, d: int) -> Work:
+    """One thread a process; all on one CPU."""
+    return replace(
+        _work(n, m, d),
+        name=f"top-1 of {n} x {m} x {d}, a thread each",
+        providers={**nearest_ring.providers(), "eager": Provider(eager_alone, ("cpu",))},
+        series=nearest_ring.SERIES,
+    )
+
+
 def gaussian(n: int, m: int, d: int, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(size, d, generator=generator).to(device) for size in (n, m))  # type: ignore[return-value]
+
+
+def offset(n: int, m: int, d: int, device: torch.device) -> Inputs:
+    query, database = gaussian(n, m, d, device)
+    return 1000 + 0.01 * query, 1000 + 0.01 * database
+
+
+def half_infinite(n: int, m: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    query, database = gaussian(n, m, d, device)
+    mask = (torch.rand(m, generator=torch.Generator().manual_seed(2)) > 0.5).to(device)
+    return query, database.masked_fill(~mask[:, None], float("inf")), mask
 
 
 def stream(n: int, m: int, d: int, device: torch.device) -> tuple[Tensor, int]:
@@ -126,12 +188,13 @@ def oracle(database: Callable[[Any], Any], inputs: Any) -> tuple[Tensor, Tensor,
     """Some queries, their winners' distances in float64 and rows, over the chunks that `database` yields."""
     query = inputs[0]
     index = torch.linspace(0, len(query) - 1, min(CHECKED, len(query)), device=query.device).round().long()
-    some = query[index].double()
+    centre = query.double().mean(0)
+    some = query[index].double() - centre
     best = some.new_full((len(some),), float("inf"))
     winner, first = index.new_zeros(len(some)), 0
     for chunk in database(inputs):
         for rows in chunk.split(10_000):
-            rows = rows.double()
+            rows = rows.double() - centre
             found = (rows.square().sum(1) - 2 * some @ rows.T).argmin(1)
             distance = (some - rows[found]).square().sum(1)
             winner = torch.where(distance < best, found + first, winner)
@@ -203,6 +266,37 @@ def flash_kmeans(inputs: Inputs) -> Run:
     return lambda: _found(inputs, euclid_assign_triton(query, database, query.square().sum(-1))[0].long())
 
 
+def masked_fastgen(inputs: tuple[Tensor, Tensor, Tensor]) -> Run:
+    from fastgen import functional as F
+
+    def run() -> Found:
+        found = F.nearest(*inputs[:2], mask=inputs[2])
+        return found.distance[:, 0], found.index[:, 0]
+
+    return run
+
+
+def masked_faiss(inputs: tuple[Tensor, Tensor, Tensor]) -> Run:
+    import faiss as installed  # a missing one is missing before the first call  # noqa: F401
+
+    def run() -> Found:
+        distance, index = faiss((inputs[0], inputs[1][inputs[2]]))()
+        return distance, inputs[2].nonzero()[:, 0][index]
+
+    return run
+
+
+def masked_eager(inputs: tuple[Tensor, Tensor, Tensor]) -> Run:
+    query, database, mask = inputs
+
+    def run() -> Found:
+        norms = database.square().sum(1)
+        parts = [(norms - 2 * part @ database.T).masked_fill(~mask, torch.inf).argmin(1) for part in query.split(1000)]
+        return _found((query, database), torch.cat(parts))
+
+    return run
+
+
 def _search(query: Tensor, database: Tensor) -> Tensor:
     # In parts: the whole matrix of the largest work is gigabytes, which users learn to avoid.
     norms = database.square().sum(1)
@@ -211,6 +305,18 @@ def _search(query: Tensor, database: Tensor) -> Tensor:
 
 def eager(inputs: Inputs) -> Run:
     return lambda: _found(inputs, _search(*inputs))
+
+
+def eager_alone(inputs: Inputs) -> Run:
+    def run() -> Found:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return _found(inputs, _search(*inputs))
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def cdist(inputs: Inputs) -> Run:

@@ -1,9 +1,10 @@
-"""LPIPS's epilogue from given VGG16 features, LPIPS whole, and a GLO-like step with a perceptual loss; with gradients.
+"""LPIPS's epilogue from given VGG16 features, LPIPS whole, GLANN's loss, a GLO-like step; all with gradients.
 
-`eager` is what users write today: lpips 0.1.4's own lines, whose trunk is frozen and whose heads are not; for the
-GLO-like step, both images through a network whose batch norms are not folded, whose weights are not frozen and whose
-target is computed again at every step. That network is EfficientNet-lite0 with its published weights; LPIPS's trunks
-have random weights, drawn once and given to everybody.
+`eager` is what users write today: lpips 0.1.4's own lines, whose trunk is frozen and whose heads are not; GLANN's
+official ones, whose VGG16 is not frozen and which pass the target through it too, with a graph; for the GLO-like step,
+both images through a network whose batch norms are not folded, whose weights are not frozen and whose target is
+computed again at every step. That network is EfficientNet-lite0 with its published weights; LPIPS's and GLANN's have
+random weights, drawn once and given to everybody.
 """
 
 import math
@@ -14,7 +15,21 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
-from benchmarks.harness import Provider, Run, Work
+from benchmarks.harness import DEVICES, Provider, Run, Work
+
+# A float32 pass puts one or a few of a network's million ReLUs on the other side of 0 than a float64 one, and each
+# moves the gradient by up to 1 % of its norm, anywhere: eager's as ours. A wrong factor would move it along itself.
+TURNS = 0.05
+
+
+def network_error(result: Any, expected: Any) -> float:
+    """The greatest of the value's relative error, the gradient's along the right one, TURNS times its distance: 1 % too
+    much of either is 1e-2."""
+    (value, grad), (want, slope) = ([t.double().cpu().flatten() for t in pair] for pair in (result, expected))
+    errors = ((value - want).norm() / want.norm(), (grad - slope) @ slope / slope.square().sum())
+    worst = torch.stack([*errors, TURNS * (grad - slope).norm() / slope.norm()]).abs().max()
+    return float(worst) if worst.isfinite() else float("inf")
+
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = ("block0", "block2", "block4", "block7")
@@ -255,22 +270,24 @@ def _lpips_oracle(net: str) -> Callable[[dict[str, Any]], Result]:
     return oracle
 
 
-def _lpips_work(net: str, batch: int, pixels: int) -> Work:
+def _lpips_work(net: str, batch: int, pixels: int, compiled: bool = False) -> Work:
+    providers: dict[str, Any] = {
+        "fastgen": _lpips_fastgen(net, cached=True),
+        "fastgen, target uncached": _lpips_fastgen(net, cached=False),
+        "fastgen, bf16": Provider(_lpips_fastgen(net, True, torch.bfloat16), ("cuda",), tolerance=0.1),
+        "eager": _lpips_eager(net),
+        "torch.compile": Provider(_lpips_eager(net, compiled="default"), DEVICES if compiled else ("cuda",)),
+        "torch.compile, CUDA graph": Provider(_lpips_eager(net, compiled="reduce-overhead"), ("cuda",)),
+        "lpips": _lpips_package(net),
+    }
     return Work(
         family="perceptual",
         name=f"LPIPS-{net}, {batch}x3x{pixels}x{pixels}, gradient to one image",
         inputs=_lpips_images(batch, pixels),
-        providers={
-            "fastgen": _lpips_fastgen(net, cached=True),
-            "fastgen, target uncached": _lpips_fastgen(net, cached=False),
-            "fastgen, bf16": Provider(_lpips_fastgen(net, True, torch.bfloat16), ("cuda",), tolerance=0.1),
-            "eager": _lpips_eager(net),
-            "torch.compile": _lpips_eager(net, compiled="default"),
-            "torch.compile, CUDA graph": Provider(_lpips_eager(net, compiled="reduce-overhead"), ("cuda",)),
-            "lpips": _lpips_package(net),
-        },
+        providers=providers,
         oracle=_lpips_oracle(net),
-        tolerance=1e-3,  # of the gradient: a ReLU or a maximum turns where two numbers nearly meet
+        tolerance=1e-3,
+        error=network_error,
         series=f"LPIPS-{net}",
         size={"N": batch * pixels**2},
         operations=_operations(net, batch, pixels),
@@ -299,6 +316,85 @@ def _operations(net: str, batch: int, pixels: int) -> float:
         total += 2 * 2.0 * out * channels * kernel**2 * side**2
         channels = out
     return batch * total
+
+
+GLANN_LEVELS = {32: 3, 64: 4}  # how many of the convolutions 2, 7, 12, 21 the official code taps
+
+
+def _glann_taps(state: dict[str, Tensor], x: Tensor, levels: int) -> list[Tensor]:
+    """Of its ReLUs that work in place: each tap but the last has become the ReLU's output."""
+    found: list[Tensor] = []
+    index = 0
+    for layer in NETS["vgg"]:
+        if layer == "pool":
+            x = tf.max_pool2d(x, 2, 2)
+            index += 1
+            continue
+        x = tf.conv2d(x, state[f"features.{index}.weight"], state[f"features.{index}.bias"], padding=1)
+        tapped = index in (2, 7, 12, 21)
+        if tapped and len(found) == levels - 1:
+            return [*found, x]
+        x = x.relu_()
+        if tapped:
+            found.append(x)
+        index += 2
+    raise AssertionError
+
+
+def _glann_eager(dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        x, y = (inputs[k].detach().to(dtype).requires_grad_(k == "x") for k in "xy")
+        levels = GLANN_LEVELS[x.shape[2]]
+        state = {k: v.to(x.device, dtype).requires_grad_() for k, v in trunk_state("vgg").items()}
+
+        def run() -> Result:
+            for value in (x, *state.values()):
+                value.grad = None
+            images = [2 * image - 1 for image in (x, y)]
+            pairs = zip(*([image, *_glann_taps(state, image, levels)] for image in images), strict=True)
+            loss = sum(((a - b).abs().flatten(1).mean(1) for a, b in pairs), x.new_zeros(len(x)))
+            loss.sum().backward()
+            assert x.grad is not None
+            return loss.detach(), x.grad
+
+        return run
+
+    return setup
+
+
+def _glann_fastgen(cached: bool) -> Callable[[dict[str, Any]], Run]:
+    def setup(inputs: dict[str, Any]) -> Run:
+        from fastgen import nn
+
+        x, y = inputs["x"], inputs["y"]
+        loss = nn.GLANNLoss(trunk_state("vgg")).to(x.device)
+        target = loss.target(y) if cached else y
+
+        def run() -> Result:
+            value = loss(x, target)
+            return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+        return run
+
+    return setup
+
+
+def _glann_work(batch: int, pixels: int) -> Work:
+    return Work(
+        family="perceptual",
+        name=f"GLANN's loss, {batch}x3x{pixels}x{pixels}, gradient to one image",
+        inputs=_images(batch, pixels),
+        providers={
+            "fastgen": _glann_fastgen(cached=True),
+            "fastgen, target uncached": _glann_fastgen(cached=False),
+            "eager": _glann_eager(),
+        },
+        oracle=lambda inputs: _glann_eager(torch.float64)(inputs)(),
+        tolerance=1e-3,
+        error=network_error,
+        series="GLANN's loss",
+        size={"N": batch * pixels**2},
+    )
 
 
 def _state() -> dict[str, Tensor]:
@@ -349,10 +445,11 @@ def _eager_step(state: dict[str, Tensor], x: Tensor, y: Tensor, layers: tuple[st
     return loss
 
 
-def _digits(batch: int, pixels: int) -> Callable[[torch.device], dict[str, Any]]:
+def _images(batch: int, pixels: int, channels: int = 3) -> Callable[[torch.device], dict[str, Any]]:
     def inputs(device: torch.device) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
-        x, y = (tf.avg_pool2d(torch.rand(batch, 1, pixels + 4, pixels + 4, generator=generator), 5, 1) for _ in "xy")
+        shape = (batch, channels, pixels + 4, pixels + 4)
+        x, y = (tf.avg_pool2d(torch.rand(shape, generator=generator), 5, 1) for _ in "xy")
         return {"x": x.to(device).requires_grad_(), "y": y.to(device)}
 
     return inputs
@@ -405,7 +502,7 @@ def _step_work(batch: int, pixels: int) -> Work:
     return Work(
         family="perceptual",
         name=f"perceptual step, EfficientNet-lite0, {batch}x1x{pixels}x{pixels}",
-        inputs=_digits(batch, pixels),
+        inputs=_images(batch, pixels, channels=1),
         providers={
             "fastgen": _step_fastgen(cached=True),
             "fastgen, target uncached": _step_fastgen(cached=False),
@@ -414,7 +511,8 @@ def _step_work(batch: int, pixels: int) -> Work:
         oracle=_step_oracle,
         series="perceptual step, EfficientNet-lite0",
         size={"N": batch * pixels**2},
-        tolerance=1e-3,  # of the L1 gradient: a sign turns where two maps nearly meet
+        tolerance=1e-3,
+        error=network_error,  # signs of L1 turn too, where two maps nearly meet
     )
 
 
@@ -430,18 +528,21 @@ def works(scale: str) -> list[Work]:
         return [_epilogue_work(2, 128, False, compiled=False), _step_work(64, 28)]
     if scale == "quick":
         return [
-            *(_epilogue_work(2, 128, last) for last in (False, True)),
-            _lpips_work("alex", 2, 64),
+            *(_epilogue_work(2, 128, last, compiled=not last) for last in (False, True)),
+            *(_lpips_work(net, 2, 64) for net in NETS),
+            _glann_work(8, 32),
             _step_work(64, 28),
         ]
-    pixels = (64, 128, 256)
     found = [
-        *(_epilogue_work(4, size, last) for size in pixels for last in (False, True)),
-        *(_lpips_work(net, 2, 64) for net in NETS),
-        _lpips_work("vgg", 2, 128),
+        *(_epilogue_work(4, size, last, compiled=size == 128) for size in (64, 128, 256) for last in (False, True)),
+        *(_lpips_work(net, 2, 64, compiled=net == "vgg") for net in NETS),
+        *(_lpips_work(net, 2, 128) for net in NETS),
+        *(_lpips_work(net, 1, 256) for net in NETS),
+        _glann_work(16, 32),
+        _glann_work(4, 64),
         _step_work(64, 28),
     ]
     if scale == "huge":
-        found += [_lpips_work(net, 2, size) for net in NETS for size in (128, 256) if (net, size) != ("vgg", 128)]
+        found += [_lpips_work(net, 2, 256) for net in NETS]
         found += [_step_work(64, 32), _epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
     return found

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, machine, results
+from benchmarks import growth, machine, nearest_ring, results
 from benchmarks.harness import Row, seconds_text
 
 FAMILIES = {
@@ -39,6 +39,7 @@ README_ROWS = [
     ("exact nearest, 10,000 x 10,000 x 64", "nearest", "top-1 of 10000 x 10000 x 64"),
     ("exact nearest, 10,000 x 10,000 x 784", "nearest", "top-1 of 10000 x 10000 x 784"),
     ("exact nearest of a million streamed rows, 1000 x 64", "nearest", "top-1 of 1000 x 1000000 x 64, streamed"),
+    ("exact nearest in a ring of processes, one thread each", "nearest", "top-1 of 8000 x 40000 x 64, a thread each"),
 ]
 README_GPU_ROWS = [
     (
@@ -133,6 +134,10 @@ def markdown(content: dict[str, Any], drawn: list[tuple[str, str]], found: list[
             parts += [f"## {title}", "", results.table(own), ""]
     if grown := growth.text(rows):
         parts += ["## Growth", "", "Exponents fitted to the largest sizes of each series.", "", grown, ""]
+    if scaled := nearest_ring.text(rows):
+        parts += ["## Processes that share a search", "", scaled, ""]
+    if paper := nearest_ring.on_paper(content):
+        parts += ["## A billion points, on paper", "", paper, ""]
     if content.get("largest"):
         parts += ["## The largest N that fits", "", growth.largest_text(content["largest"]), ""]
     return "\n".join(parts)
@@ -154,6 +159,8 @@ def readme_table(content: dict[str, Any] | None, wanted: list[tuple[str, str, st
         own = timed["fastgen"]
         memory = f", {results.bytes_text(own['peak_bytes'])}" if own.get("peak_bytes") is not None else ""
         cells = [says.replace(" x ", " × "), f"**{seconds_text(own['seconds'])}**{memory}"]
+        shared = [(p.split(", ")[1], r) for p, r in timed.items() if p.startswith("fastgen, ") and "processes" in p]
+        cells[-1] += "".join(f"; {name} {seconds_text(r['seconds'])}" for name, r in shared)
         cells += [_cell(group, timed, name) for name in ("eager", "torch.compile")]
         cells.append(", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in others[:3]))
         lines.append("| " + " | ".join(cells) + " |")

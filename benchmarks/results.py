@@ -72,6 +72,7 @@ def table(rows: list[Row]) -> str:
             else:
                 cells.append(f"**{row['status']}**")
                 why = f"error {row['error']:.1e}" if row["status"] == "wrong" else row.get("reason", "")
+                why += f", {row['right']:.2%} right" if "right" in row else ""
                 cells += ["", "", "", "", "", why.replace("|", "/")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

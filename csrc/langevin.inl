@@ -162,7 +162,7 @@ static void block(const LangevinStep& s, int64_t offset, int64_t count, const fl
         return;
     }
     const T* grad = static_cast<const T*>(s.grad) + offset;
-    const bool prior = k.precision != 0;
+    const bool prior = s.precision != 0;
     if (s.lookahead != nullptr) {
         T* out = static_cast<T*>(s.lookahead) + offset;
         for (int64_t i = 0; i < count; ++i) {

@@ -31,7 +31,7 @@ static void accept(const LangevinAccept& a) {
         for (int64_t c = 0; c < chains; ++c) {
             const int64_t at = (chain + c) * s.elements + first;
             double* out = sums + 3 * ((chain + c) * pieces + piece);
-            const auto of = k.precision != 0 ? accept_sums<true, Real> : accept_sums<false, Real>;
+            const auto of = s.precision != 0 ? accept_sums<true, Real> : accept_sums<false, Real>;
             of(x + at, grad + at, y + at, y_grad + at, noise + c * count, count, k, out);
         }
     });

@@ -3,13 +3,18 @@
 
 namespace fastgen {
 
-// Maps [n, c, pixels], or [n, pixels, c] where last; T is double where wide, else float, of everything behind a pointer.
+enum class MapType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// Maps f and what is written like them are of `type`, all other numbers double where that is float64, else float.
+
+// Maps [n, c, pixels], or [n, pixels, c] where last.
 struct LpipsLayer {
     const void *f0, *f1, *weight, *grad;  // [c] and [n]
     void *value, *out0, *out1;            // [n], or (where value is null) the gradients of one or both maps
     int64_t n, c, pixels;
     double eps;
-    bool inside, last, wide;
+    bool inside, last;
+    MapType type;
     int threads;
 };
 
@@ -20,7 +25,8 @@ struct LpipsProject {
     int64_t n, c, pixels, dim, layer;
     uint64_t seed;
     double eps;
-    bool inside, wide;
+    bool inside;
+    MapType type;
     int threads;
 };
 
@@ -29,7 +35,8 @@ struct FeatureDistance {
     const void *f0, *f1, *grad;
     void *value, *out;  // one of them is null
     int64_t n, size;
-    bool squared, wide;
+    bool squared;
+    MapType type;
     int threads;
 };
 

@@ -23,17 +23,29 @@ static inline void add_signed(T* out, const T* f, const T* scale, T channel, uin
     }
 }
 
-template <class T>
+template <class S>
 static void lpips_project_of(const LpipsProject& k) {
+    using T = typename Wide<S>::T;
+    const int64_t row = std::is_same<S, T>::value ? 0 : k.pixels;  // of a channel, widened
 #pragma omp parallel num_threads(team(k.n* k.c* k.pixels, k.threads))
     {
-        const std::unique_ptr<T[]> scale(new T[size_t(k.pixels)]), sums(new T[size_t(k.dim + RUN)]);
+        const std::unique_ptr<T[]> scale(new T[size_t(k.pixels)]), sums(new T[size_t(k.dim + RUN)]), wide(new T[size_t(row)]);
+        const auto plane = [&](int64_t n, int64_t c) -> const T* {
+            const S* f = static_cast<const S*>(k.f) + (n * k.c + c) * k.pixels;
+            if constexpr (std::is_same<S, T>::value) {
+                return f;
+            } else {
+                copy(wide.get(), f, k.pixels);
+                return wide.get();
+            }
+        };
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < k.n; ++n) {
-            const T* f = static_cast<const T*>(k.f) + n * k.c * k.pixels;
             std::fill(scale.get(), scale.get() + k.pixels, T(0));
-            for (int64_t c = 0; c < k.c; ++c)
-                for (int64_t p = 0; p < k.pixels; ++p) scale[p] += f[c * k.pixels + p] * f[c * k.pixels + p];
+            for (int64_t c = 0; c < k.c; ++c) {
+                const T* f = plane(n, c);
+                for (int64_t p = 0; p < k.pixels; ++p) scale[p] += f[p] * f[p];
+            }
             for (int64_t p = 0; p < k.pixels; ++p) {
                 T inverse;
                 normalise(scale[p], T(k.eps), k.inside, scale[p], inverse);
@@ -41,18 +53,18 @@ static void lpips_project_of(const LpipsProject& k) {
             std::fill(sums.get(), sums.get() + k.dim + RUN, T(0));
             for (int64_t c = 0; c < k.c; ++c) {
                 const T channel = T(std::sqrt(double(static_cast<const T*>(k.weight)[c]) / double(k.pixels)));
+                const T* f = plane(n, c);
                 for (int64_t p = 0; p < k.pixels; p += RUN) {
                     uint32_t words[4];
                     philox_words(uint32_t(p / RUN), uint32_t(c), uint32_t(k.layer), k.seed, words);
                     T* out = sums.get() + int64_t(uint64_t(words[2]) * uint64_t(k.dim) >> 32);
                     const int64_t count = std::min(RUN, k.pixels - p), half = std::min<int64_t>(32, count);
-                    const T* from = f + c * k.pixels + p;
                     if (count == RUN) {
-                        add_signed(out, from, &scale[p], channel, words[0], 32);
-                        add_signed(out + 32, from + 32, &scale[p + 32], channel, words[1], 32);
+                        add_signed(out, f + p, &scale[p], channel, words[0], 32);
+                        add_signed(out + 32, f + p + 32, &scale[p + 32], channel, words[1], 32);
                     } else {
-                        add_signed(out, from, &scale[p], channel, words[0], half);
-                        add_signed(out + 32, from + 32, &scale[p] + 32, channel, words[1], count - half);
+                        add_signed(out, f + p, &scale[p], channel, words[0], half);
+                        add_signed(out + 32, f + p + 32, &scale[p] + 32, channel, words[1], count - half);
                     }
                 }
             }
@@ -64,5 +76,10 @@ static void lpips_project_of(const LpipsProject& k) {
 
 static void lpips_project(const LpipsProject& k) {
     if (k.n == 0) return;
-    k.wide ? lpips_project_of<double>(k) : lpips_project_of<float>(k);
+    switch (k.type) {
+        case MapType::float32: return lpips_project_of<float>(k);
+        case MapType::float64: return lpips_project_of<double>(k);
+        case MapType::bfloat16: return lpips_project_of<Bfloat16>(k);
+        case MapType::float16: return lpips_project_of<Float16>(k);
+    }
 }

@@ -85,6 +85,12 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     """(model built from the arguments, its data, all arguments, those for Lightning's Trainer)"""
     from fastgen.models import model_class
 
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            f"usage: fastgen {command} MODEL ...; `fastgen {command} MODEL --help` lists its options\n\nMODEL is one of"
+        )
+        print("\n".join(f"  {name}" for name in among))
+        raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"{command}: expected a model first, one of {', '.join(among)}")
     name, chosen, argv = argv[0], model_class(argv[0], among), argv[1:]
@@ -110,8 +116,9 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
         "fast_dev_run",
         "overfit_batches",
     }
+    own |= set(getattr(chosen, "not_for_trainer", ()))
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
-    resumed = _stored(name, argv) if _wants_resume(argv) else []
+    resumed = _stored(name, argv) if command == "train" and _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
     for needed in ("data", "out"):
         if getattr(parsed, needed) is None:
@@ -137,8 +144,10 @@ def _stored(name: str, argv: list[str]) -> list[str]:
 
     out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
     out = out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
-    if out is None or not (Path(out) / "run.json").exists():
+    if out is None:  # it may stand in a --config file, with all the rest
         return []
+    if not (Path(out) / "run.json").exists():
+        raise UserError(f"resume: {out} holds no run yet: leave --resume out to start one")
     run = Run(out)
     if run.record["model"] != name:
         raise UserError(f"model: the run in {out} has {run.record['model']!r}, got {name!r}")
@@ -164,10 +173,14 @@ def _open(path: str) -> tuple[Any, Any, Any]:
     run = Run(path)
     chosen = model_class(run.record["model"])
     images = data.load(run.record["data"], on_disk=getattr(chosen, "on_disk", False))
+    run.same_data(images)
     try:
-        return run, images, chosen.load(run, images)
+        model = chosen.load(run, images)
     except (KeyError, TypeError) as error:
         raise UserError(f"{run.path / 'run.json'} does not fit its model: {error}") from None
+    if "train" not in run.read("peak_rss.json"):  # written when the last stage has ended
+        print(f"fastgen: the training in {path} has not ended: this is its newest checkpoint", file=sys.stderr)
+    return run, images, model
 
 
 def sample(argv: list[str]) -> None:
@@ -230,10 +243,11 @@ def evaluate(argv: list[str]) -> None:
         from fastgen.models.evaluation import Gaussian
         from fastgen.models.evaluation import evaluate as measure
 
-        measured = measure(run, model, images, name=name)
+        baseline = Gaussian(images.train)
+        measured = measure(run, model, images, baseline, name=name)
         drawn = model.sample(100, seed=0)
         panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
-        report.samples(run.path / "samples.png", {**panels, "Gaussian": Gaussian(images.train).sample(100, seed=0)})
+        report.samples(run.path / "samples.png", {**panels, "Gaussian": baseline.sample(100, seed=0)})
         report.neighbours(run.path / "neighbours.png", drawn[:20], images.train)
         print(report.figures_table(measured))
     if hasattr(model, "reconstructions"):
@@ -256,6 +270,9 @@ def info(argv: list[str]) -> None:
     from fastgen import __version__
     from fastgen.ops import backend
 
+    if argv in (["-h"], ["--help"]):
+        print("usage: fastgen info\n\nVersions, devices, and which kernel each op would run here and why.")
+        return
     if argv:
         raise UserError(f"info: expected no arguments, got {' '.join(argv)}")
     print(f"fastgen {__version__}, Python {platform.python_version()}, torch {torch.__version__}")

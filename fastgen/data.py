@@ -1,7 +1,9 @@
 """Images by name or path, split into train and test, as float32 [N, C, H, W] in [0, 1]."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from fastgen.check import UserError
 NAMES = ("mnist5k", "digits", "texture:brick", "texture:grass", "texture:gravel")
 _TEXTURES = ("brick", "grass", "gravel")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+_HASHED = 2**26  # bytes of a part's images that its fingerprint takes in
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ class Stored:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def read_through(self) -> None:
+        """Raises UserError where a pixel of the file is out of range or NaN; integers need no look."""
+        if self._array.dtype.kind == "f":
+            step = max(1, 2**26 // self._array[0].nbytes)
+            for start in range(0, len(self._array), step):
+                _unit(self._path, self._array[start : start + step])
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         chosen = self._rows[rows if isinstance(rows, slice) else rows.cpu().numpy()]
@@ -89,6 +99,36 @@ def load(source: str, *, on_disk: bool = False) -> Images:
         else:
             pixels, label = _array(path), None
     return _split(source, pixels, label)
+
+
+def read_through(images: Images) -> None:
+    """Raises UserError for bad pixels of data that was left on disk, which would else be told in mid-training."""
+    if isinstance(images.train, Stored):  # its file holds the test images too
+        images.train.read_through()
+
+
+def fingerprint(images: Images) -> dict[str, Any]:
+    """What a run knows its data by again: the numbers of images, their shape, a SHA-256 of pixels and labels.
+
+    The hash takes in every image where those of a part take 64 MiB or less as float32, else images at equal distances
+    that do: data of a terabyte is known again in a moment, but a change of a few of its images is not seen.
+    """
+    digest = hashlib.sha256()
+    for part in (images.train, images.test):
+        every = -(-4 * len(part) * part[:1].numel() // _HASHED)
+        digest.update(part[:: max(1, every)].contiguous().cpu().numpy().data)
+    for label in (images.train_label, images.test_label):
+        if label is not None:
+            digest.update(label.contiguous().cpu().numpy().data)
+    return {
+        "images": [len(images.train), len(images.test)], "shape": list(images.shape), "sha256": digest.hexdigest()
+    }  # fmt: skip
+
+
+def described(mark: dict[str, Any]) -> str:
+    """A fingerprint in words."""
+    (train, test), shape = mark["images"], "x".join(map(str, mark["shape"]))
+    return f"{train} + {test} images of {shape} (sha256 {mark['sha256'][:12]})"
 
 
 def _split(name: str, pixels: Tensor, label: Tensor | None) -> Images:

@@ -17,7 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import unittest.mock
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,41 @@ class Spec:
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
     divisible: tuple[str, ...] = ()  # integers that the launcher would find divisible by 16
+    hip: dict[str, Any] = field(default_factory=dict)  # options that differ on AMD
+    never: tuple[str, ...] = ()  # targets that the launcher never chooses this for
+
+
+def launched(function: Callable[..., Any], *arguments: Any) -> list[Spec]:
+    """The kernels that `function(*arguments)` launches, given CPU tensors: with the types, the constants for
+    integers that are 1 and the alignments that Triton's own launcher finds. Nothing is executed."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget(*TARGETS["sm_90"]))
+    found: list[Spec] = []
+
+    def keep(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, rest = bind(*args, **kwargs)
+        options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, rest)
+        parameters = list(bound)
+        aligned = [parameters[path[0]] for path, attribute in attributes.items() if attribute]
+        spec = Spec(
+            kernel.__name__,
+            kernel,
+            signature,
+            {parameters[path[0]]: value for path, value in constants.items()},
+            options.num_warps,
+            options.num_stages,
+            {name: value for name, value in rest.items() if name not in ("num_warps", "num_stages")},
+            tuple(name for name in aligned if not str(signature[name]).startswith("*")),
+        )
+        found.append(spec)
+
+    with unittest.mock.patch.object(JITFunction, "run", keep):
+        function(*arguments)
+    return found
 
 
 def compile_spec(spec: Spec, target: str) -> Any:
@@ -59,6 +96,7 @@ def compile_spec(spec: Spec, target: str) -> Any:
         constexprs["PTX"] = target.startswith("sm_")
     source = ASTSource(spec.kernel, dict(spec.signature), constexprs=constexprs, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    options |= spec.hip if target.startswith("gfx") else {}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
@@ -95,6 +133,9 @@ def machine_code(compiled: Any) -> dict[str, Any]:
 
 def check(spec: Spec, target: str) -> dict[str, Any]:
     compiled = compile_spec(spec, target)
+    if (columns := getattr(compiled.metadata, "tmem_size", 0)) > TENSOR_MEMORY:
+        # Its code is then empty, without a word, and the launcher refuses it.
+        raise RuntimeError(f"needs {columns} columns of tensor memory, there are {TENSOR_MEMORY}")
     row: dict[str, Any] = {"kernel": spec.name, "target": target, "shared": compiled.metadata.shared}
     if target.startswith("sm_"):
         row.update(machine_code(compiled))
@@ -122,6 +163,8 @@ def main() -> int:
     failed = 0
     for spec in specs(tuple(arguments.family) or FAMILIES, arguments.all):
         for target in arguments.target or TARGETS:
+            if target in spec.never:
+                continue
             try:
                 row = check(spec, target)
             except Exception as error:  # one kernel that does not compile must not hide the others

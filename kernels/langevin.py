@@ -76,7 +76,8 @@ def _bound(x, low, high):
     return tl.where(x > high, high, x)
 
 
-@triton.jit
+# What is converted here is not specialised: a 1 would become a constant of the compiler, which has no conversions.
+@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "step_word", "chains"])
 def _langevin_kernel(
     x_ptr,
     grad_ptr,  # None: the noise itself is stored, or the words where x is int32
@@ -108,6 +109,7 @@ def _langevin_kernel(
     GROUPS: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
     WHOLE_GROUPS: tl.constexpr,  # elements % 4 == 0
+    ROW: tl.constexpr,  # the type that counts chains
 ):
     groups_of_chain = tl.cdiv(elements, 4)
     lane = tl.arange(0, 4 * GROUPS)
@@ -123,7 +125,7 @@ def _langevin_kernel(
         row_mask = None
     else:
         first = tl.program_id(0).to(tl.int64) * GROUPS
-        first_row = (first // groups_of_chain).to(tl.int32)
+        first_row = (first // groups_of_chain).to(ROW)
         index = (first % groups_of_chain).to(tl.int32) + tl.arange(0, GROUPS)  # 64-bit division once, not in each lane
         row = first_row + index // groups_of_chain
         group = index % groups_of_chain
@@ -242,16 +244,21 @@ def _launch(
         _langevin_kernel[(programs,)](
             x, grad, lookahead_out, partial, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor,
             _signed(seed), _signed(seed >> 32), _signed(step), chains, elements, *scalars,
-            **flags, **_shape(x.dtype, elements, groups, one_chain), num_warps=WARPS, **OPTIONS,
+            **flags, **_shape(x.dtype, chains, elements, groups, one_chain), num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     if stats is not None and partial is not None:
         torch.sum(partial, dim=1, out=stats)
         stats[:, 0].sqrt_()
 
 
-def _shape(dtype: torch.dtype, elements: int, groups: int, one_chain: bool) -> dict[str, Any]:
-    compute = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"COMPUTE": compute, "GROUPS": groups, "ONE_CHAIN": one_chain, "WHOLE_GROUPS": elements % 4 == 0}
+def _shape(dtype: torch.dtype, chains: int, elements: int, groups: int, one_chain: bool) -> dict[str, Any]:
+    return {
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "GROUPS": groups,
+        "ONE_CHAIN": one_chain,
+        "WHOLE_GROUPS": elements % 4 == 0,
+        "ROW": tl.int32 if chains < 2**30 else tl.int64,
+    }
 
 
 def step_(
@@ -323,8 +330,8 @@ def aot_specs() -> list[Spec]:
         signature |= dict.fromkeys(["seed_lo", "seed_hi", "step_word", "chains", "elements"], "i32")
         signature |= dict.fromkeys(numbers, "fp64")
         constexprs: dict[str, Any] = {f"{p}_ptr": None for p in pointers if p not in present}
-        constexprs |= {**flags, **_shape(dtype, elements, *launch.langevin(elements, "partial" in present))}
-        signature |= dict.fromkeys([*flags, "COMPUTE", "GROUPS", "ONE_CHAIN", "WHOLE_GROUPS"], "constexpr")
+        constexprs |= {**flags, **_shape(dtype, 2, elements, *launch.langevin(elements, "partial" in present))}
+        signature |= dict.fromkeys([*flags, "COMPUTE", "GROUPS", "ONE_CHAIN", "WHOLE_GROUPS", "ROW"], "constexpr")
         divisible = ("elements",) if elements % 16 == 0 else ()
         return Spec(name, _langevin_kernel, signature, constexprs, WARPS, options=dict(OPTIONS), divisible=divisible)
 
@@ -337,10 +344,10 @@ def aot_specs() -> list[Spec]:
 
     return [
         *(spec(f"step_{kind}", dtype, image, both, flags) for dtype, kind in floats.items()),
+        *(spec(f"step_short_{kind}", dtype, 64, both, flags) for dtype, kind in floats.items()),
         *(spec(f"noise_{kind}", dtype, image, ("x",), _NOISE_ALONE) for dtype, kind in kinds.items()),
         *(spec(f"step_stats_{kind}", dtype, image, (*both, "partial"), flags) for dtype, kind in floats.items()),
         spec("step_everything", torch.float32, image, tuple(pointers), every),
-        spec("step_short", torch.float32, 64, both, flags),
         spec("step_short_everything", torch.float32, 64, unsummed, every),
         spec("step_short_stats", torch.float32, 64, tuple(pointers), every),
         spec("step_odd", torch.float32, 7, unsummed, every),

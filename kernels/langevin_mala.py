@@ -15,6 +15,7 @@ from fastgen.kernels.langevin import _bound, _noise, _words
 from torch import Tensor
 
 OPTIONS = langevin.OPTIONS
+WORDS = ["seed_lo", "seed_hi", "step_word"]  # a 1 would become a constant of the compiler, which has no conversions
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _sums(x, g, y, y_grad, noise, precision, grad_clip, PRIOR: tl.constexpr, CLI
     return tl.sum(q * q), tl.sum(q * noise.to(tl.float64)), moved
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WORDS)
 def _sums_kernel(
     x_ptr,
     grad_ptr,
@@ -96,7 +97,7 @@ def _sums_kernel(
     tl.store(out + 2, yx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WORDS)
 def _accept_kernel(
     x_ptr,
     grad_ptr,

@@ -1,27 +1,30 @@
 """MMD² and its unit gradients on the GPU: one pass over the pairs, nothing of size N·M.
 
 `_mmd_pack_kernel` centres, scales and pads the points into Z = [X; Y] with their norms; `_mmd_grad_kernel` keeps a tile
-of rows resident and streams all columns past it (distance by a matrix product, kernel value and slope, a second product
+of rows resident and streams columns past it (distance by a matrix product, kernel value and slope, a second product
 for the gradient); `_mmd_value_kernel` walks the upper triangle of tiles where no gradient is asked for. Each program
-writes its own float64 partial sum: no atomics, the same bits every time.
+writes its own float64 partial sum: no atomics, the same bits every time. What does not fit on chip, the gradient of
+more than 128 coordinates and the Hessian's product, is in mmd_slab.py.
 
-In units u = d²/base a pair needs t = 1 + u = 1 + ½-norms − 2·product. Padding has an infinite norm, so that it vanishes
-by itself.
+In units u = d²/base a pair needs its norms − 2·product, or the product itself where the kernel is polynomial. Padding,
+and pairs that do not count, are at u = inf, where every kernel and its slope are 0.
 """
 
 import triton
 import triton.language as tl
 from fastgen.kernels.aot import Spec
 
-IMQ_PAIRS, IMQ, RBF, RATIONAL_QUADRATIC = 0, 1, 2, 3
-KINDS = {"imq_pairs": IMQ_PAIRS, "imq": IMQ, "rbf": RBF, "rational_quadratic": RATIONAL_QUADRATIC}
-UNBIASED, BIASED, U_STATISTIC = 0, 1, 2
-ESTIMATORS = {"unbiased": UNBIASED, "biased": BIASED, "u_statistic": U_STATISTIC}
+NAMES = ("imq_pairs", "imq", "rbf", "rational_quadratic", "laplacian", "energy", "polynomial")
+KINDS = {name: i for i, name in enumerate(NAMES)}  # a polynomial of degree p is POLYNOMIAL + p − 1
+IMQ_PAIRS, IMQ, RBF, RATIONAL_QUADRATIC, LAPLACIAN, ENERGY, POLYNOMIAL = map(tl.constexpr, KINDS.values())
+ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
+# Where d² is less than this share of the two norms a root would be left without digits: made of differences instead.
+CLOSE = tl.constexpr(2.0**-6)
 
 
 @triton.jit
 def _reciprocal(x, PTX: tl.constexpr):
-    """1/x for x ≥ 1, inf or NaN: one special-function instruction where the machine has it inline."""
+    """1/x for normal x, inf or NaN: one special-function instruction where the machine has it inline."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -32,7 +35,7 @@ def _reciprocal(x, PTX: tl.constexpr):
 @triton.jit
 def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
     """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN."""
-    if KIND == 0:
+    if KIND == IMQ_PAIRS:
         # v = 1/(1 + u), z = v − v²:  k = v + Σ (2v + bz)/(1 + bz),  w = v² (1 + 2R + (1 − 4z) S),
         # R = Σ 1/(1 + bz), S = Σ b/(1 + bz)²; the three reciprocals come out of one.
         b1 = parameters[0]
@@ -56,14 +59,14 @@ def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
         j3 = b3 * i3
         k = v * g + z * (j1 + j2 + j3)
         w = vv * (g + (1.0 - 4.0 * z) * (j1 * i1 + j2 * i2 + j3 * i3))
-    elif KIND == 1:
+    elif KIND == IMQ:
         k = tl.zeros_like(u)
         w = tl.zeros_like(u)
         for s in tl.static_range(len(parameters)):
             q = _reciprocal(1.0 + parameters[s] * u, PTX)
             k += q
             w += parameters[s] * q * q
-    elif KIND == 3:
+    elif KIND == RATIONAL_QUADRATIC:
         # With u = d²/2ℓ²: Σ t^−α and Σ t^−(α+1), t = 1 + u/α; the α come first, then their reciprocals.
         k = tl.zeros_like(u)
         w = tl.zeros_like(u)
@@ -73,48 +76,92 @@ def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
             e = tl.exp2(-parameters[s] * tl.log2(t))
             k += e
             w += e * _reciprocal(t, PTX)
-    else:
+    elif KIND == RBF:
         k = tl.zeros_like(u)
         w = tl.zeros_like(u)
         for s in tl.static_range(len(parameters)):
             e = tl.exp2(-parameters[s] * u)
             k += e
             w += parameters[s] * e
+    elif KIND < POLYNOMIAL:
+        # Of r = √u, whose slope 1/2r is taken for 0 at r = 0.
+        r = tl.sqrt(u)
+        half = tl.where(r == 0.0, 0.0, 0.5 * _reciprocal(r, PTX))
+        if KIND == ENERGY:
+            k = tl.where(u == float("inf"), 0.0, -r)
+            w = half
+        else:
+            k = tl.zeros_like(u)
+            w = tl.zeros_like(u)
+            for s in tl.static_range(len(parameters)):
+                e = tl.exp2(-parameters[s] * r)
+                k += e
+                w += parameters[s] * e
+            w *= half
+    else:
+        dead = u == float("inf")
+        power = tl.where(dead, 0.0, 1.0)
+        for _ in tl.static_range(KIND - POLYNOMIAL):
+            power *= u
+        k = tl.where(dead, 0.0, power * u)
+        w = tl.where(dead, 0.0, power * (KIND - POLYNOMIAL + 1))
     return k, w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _mmd_pack_kernel(
-    x_ptr, y_ptr, z_ptr, norm_ptr, n, m, d, padded_n, padded, scale, BLOCK: tl.constexpr, DP: tl.constexpr
+    x_ptr,
+    y_ptr,
+    z_ptr,
+    norm_ptr,  # None where nobody asks
+    n,
+    m,
+    d,
+    padded_n,
+    padded,
+    scale,
+    limit,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DC: tl.constexpr,
+    DP: tl.constexpr,
 ):
-    """Z = (points − x₀)·scale in float32, zeros beyond, and its squared norms, inf beyond; a point of inf gets NaN."""
+    """Z = (points − x₀)·scale in float32, or where not CENTRED points·scale, zeros beyond; and its squared norms (then
+    zeros), inf beyond. A point whose square is over the limit gets NaN."""
     tile = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
     start = (tile * BLOCK).to(tl.int64)
+    is_y = start >= padded_n
     row = tl.arange(0, BLOCK)
-    column = tl.arange(0, DP)
-    inside = column < d
-    cell = row[:, None] * d + column[None, :]
-    centre = tl.load(x_ptr + item * n * d + column, mask=inside, other=0.0).to(tl.float32)
-    if start >= padded_n:
-        start_y = start - padded_n
-        valid = row < m - start_y
-        points = tl.load(y_ptr + (item * m + start_y) * d + cell, mask=valid[:, None] & inside[None, :], other=0.0)
-        points = points.to(tl.float32)
-    else:
-        valid = row < n - start
-        points = tl.load(x_ptr + (item * n + start) * d + cell, mask=valid[:, None] & inside[None, :], other=0.0)
-        points = points.to(tl.float32)
-    z = tl.where(valid[:, None], (points - centre[None, :]) * scale, 0.0)  # [BLOCK, DP]
-    norm = tl.sum(z * z, 1)
-    norm = tl.where(valid, norm + (norm - norm), float("inf"))  # an infinite norm of a real point becomes NaN
-    tl.store(z_ptr + (item * padded + start) * DP + row[:, None] * DP + column[None, :], z)
-    tl.store(norm_ptr + item * padded + start + row, norm)
+    valid = row < tl.where(is_y, m + padded_n, n) - start
+    norm = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, DP, DC):
+        column = first + tl.arange(0, DC)
+        inside = column < d
+        cell = row[:, None] * d + column[None, :]
+        mask = valid[:, None] & inside[None, :]
+        if is_y:
+            points = tl.load(y_ptr + (item * m + start - padded_n) * d + cell, mask=mask, other=0.0).to(tl.float32)
+        else:
+            points = tl.load(x_ptr + (item * n + start) * d + cell, mask=mask, other=0.0).to(tl.float32)
+        if CENTRED:
+            points -= tl.load(x_ptr + item * n * d + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(valid[:, None], points * scale, 0.0)  # [BLOCK, DC]
+        norm += tl.sum(z * z, 1)
+        tl.store(z_ptr + (item * padded + start) * DP + row[:, None] * DP + column[None, :], z)
+    if norm_ptr is not None:
+        norm = tl.where(norm <= limit, norm, float("nan"))
+        if not CENTRED:
+            norm -= norm
+        tl.store(norm_ptr + item * padded + start + row, tl.where(valid, norm, float("inf")))
 
 
 @triton.jit
-def _coefficients(n, m, ESTIMATOR: tl.constexpr):
-    """a_xx, a_yy, a_xy in float64."""
+def _coefficients(coefficients_ptr, item, n, m, ESTIMATOR: tl.constexpr):
+    """a_xx, a_yy, a_xy in float64: those given, or of unweighted points."""
+    if coefficients_ptr is not None:
+        place = coefficients_ptr + 3 * item
+        return tl.load(place), tl.load(place + 1), tl.load(place + 2)
     n = n.to(tl.float64)
     m = m.to(tl.float64)
     if ESTIMATOR == 1:
@@ -125,40 +172,85 @@ def _coefficients(n, m, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def _distances(
-    z,
-    norm,
-    row_start,
-    z_ptr,
-    norm_ptr,
+def _excluded(is_y, same, padded_n, KIND: tl.constexpr, ESTIMATOR: tl.constexpr):
+    """Column − row of the pairs that do not count; no column is 2^30 rows away."""
+    own = 1 << 30 if KIND >= POLYNOMIAL and ESTIMATOR == 1 else 0
+    cross = tl.where(is_y, -padded_n, padded_n) if ESTIMATOR == 2 else 1 << 30
+    return tl.where(same, own, cross)
+
+
+@triton.jit
+def _product(
+    a_ptr,
+    first,
+    b_ptr,
     start,
-    shift,
+    product,
     DP: tl.constexpr,
+    DC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of columns and u between it and the rows; where column − row = shift the pair is put out of reach."""
+    """product + the inner products of the rows from `first` with those from `start`, DC coordinates at a time."""
+    # A tile's place in 64 bits, the cells within it in 32.
+    a_ptr += tl.cast(first, tl.int64) * DP
+    b_ptr += tl.cast(start, tl.int64) * DP
+    for c in range(0, DP, DC):
+        dim = c + tl.arange(0, DC)[None, :]
+        a = tl.load(a_ptr + tl.arange(0, BLOCK_M)[:, None] * DP + dim)
+        b = tl.load(b_ptr + tl.arange(0, BLOCK_N)[:, None] * DP + dim)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _distances(
+    product,
+    norm,
+    z_ptr,
+    norm_ptr,
+    row_start,
+    start,
+    shift,
+    d,
+    parameters,
+    KIND: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """u of a tile from its inner products; where column − row = shift the pair is put out of reach."""
     column = tl.arange(0, BLOCK_N)
-    # The tile's place in 64 bits, the cells within it in 32.
-    there = z_ptr + tl.cast(start, tl.int64) * DP
-    other = tl.load(there + column[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_N, DP]
-    other_norm = tl.load(norm_ptr + start + column)
-    product = tl.dot(z, tl.trans(other), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    u = (norm[:, None] + other_norm[None, :]) - 2.0 * product
-    # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
-    u = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    norms = norm[:, None] + tl.load(norm_ptr + start + column)[None, :]
+    if KIND >= POLYNOMIAL:
+        u = product + (norms + parameters[0])
+    else:
+        # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
+        u = tl.maximum(norms - 2.0 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
     first = row_start + shift
     if (first < start + BLOCK_N) & (start < first + BLOCK_M):
         row = first - start + tl.arange(0, BLOCK_M)
         u = tl.where(column[None, :] == row[:, None], float("inf"), u)
-    return other, u
+    if KIND >= LAPLACIAN and KIND < POLYNOMIAL:
+        close = u < norms * CLOSE
+        if tl.max(close.to(tl.int32)) > 0:
+            here = z_ptr + tl.cast(row_start, tl.int64) * DP + tl.arange(0, BLOCK_M) * DP
+            there = z_ptr + tl.cast(start, tl.int64) * DP + column * DP
+            direct = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for c in range(d):
+                difference = tl.load(here + c)[:, None] - tl.load(there + c)[None, :]
+                direct += difference * difference
+            u = tl.where(close, direct, u)
+    return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _mmd_grad_kernel(
     z_ptr,
     norm_ptr,
+    weight_ptr,  # None, or of Z's points
+    coefficients_ptr,  # None, or [items, 3] float64
     gx_ptr,
     gy_ptr,
     partial_ptr,
@@ -172,6 +264,7 @@ def _mmd_grad_kernel(
     parameters,
     KIND: tl.constexpr,
     ESTIMATOR: tl.constexpr,
+    TERMS: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,33 +279,46 @@ def _mmd_grad_kernel(
     norm_ptr += item * padded
     first = (tile * BLOCK_M).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, DP)
     is_y = first >= padded_n
     z = tl.load(z_ptr + first * DP + row[:, None] * DP + dim[None, :])  # [BLOCK_M, DP]
     norm = tl.load(norm_ptr + first + row)
-    a_xx, a_yy, a_xy = _coefficients(n, m, ESTIMATOR)
+    a_xx, a_yy, a_xy = _coefficients(coefficients_ptr, item, n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
-    pull = (a_same / a_xy).to(tl.float32)
     value = tl.zeros([BLOCK_M], tl.float64)
     slopes = tl.zeros([BLOCK_M], tl.float32)
     gradient = tl.zeros([BLOCK_M, DP], tl.float32)
-    for start in range(0, padded, BLOCK_N):
+    begin = tl.where(is_y, 0 if TERMS & 4 else padded_n, 0 if TERMS & 1 else padded_n)
+    end = tl.where(is_y, padded if TERMS & 2 else padded_n, padded if TERMS & 4 else padded_n)
+    for start in range(begin, end, BLOCK_N):
         same = (start >= padded_n) == is_y
-        # u_statistic leaves out i = j between the samples too; no column is 2^30 rows away.
-        cross = tl.where(is_y, -padded_n, padded_n) if ESTIMATOR == 2 else 1 << 30
-        other, u = _distances(
-            z, norm, tile * BLOCK_M, z_ptr, norm_ptr, start, tl.where(same, 0, cross), DP, BLOCK_M, BLOCK_N, PRECISION
+        shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
+        other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + dim[None, :])  # [BLOCK_N, DP]
+        product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
+        u = _distances(
+            product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
         )
         k, w = _evaluate(u, parameters, KIND, PTX)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + item * padded + start + column)[None, :]
+            k *= weight
+            w *= weight
         # XY is met from both sides where both have a gradient, and only from X where not.
         value += tl.sum(k, 1).to(tl.float64) * tl.where(same, a_same, -a_xy if BOTH else -2.0 * a_xy)
-        w *= tl.where(same, pull, -1.0)
+        w *= tl.where(same, a_same, -a_xy).to(tl.float32)
         slopes += tl.sum(w, 1)
         gradient = tl.dot(w, other, gradient, input_precision=PRECISION)
+    if KIND < POLYNOMIAL:
+        gradient -= slopes[:, None] * z
+    gradient *= gradient_scale
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + item * padded + first + row)
+        value *= weight
+        gradient *= weight[:, None]
     local = tl.where(is_y, first - padded_n, first)
     valid = row < tl.where(is_y, m, n) - local
     tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
-    gradient = (gradient - slopes[:, None] * z) * gradient_scale
     inside = valid[:, None] & (dim < d)[None, :]
     cell = row[:, None] * d + dim[None, :]
     if is_y:
@@ -221,13 +327,16 @@ def _mmd_grad_kernel(
         tl.store(gx_ptr + (item * n + local) * d + cell, gradient, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _mmd_value_kernel(
     z_ptr,
     norm_ptr,
+    weight_ptr,
+    coefficients_ptr,
     partial_ptr,
     n,
     m,
+    d,
     padded_n,
     padded,
     first_tile,
@@ -235,8 +344,10 @@ def _mmd_value_kernel(
     parameters,
     KIND: tl.constexpr,
     ESTIMATOR: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DC: tl.constexpr,
     DP: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -248,27 +359,41 @@ def _mmd_value_kernel(
     norm_ptr += item * padded
     first = (tile * BLOCK_M).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     is_y = first >= padded_n
-    z = tl.load(z_ptr + first * DP + row[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_M, DP]
     norm = tl.load(norm_ptr + first + row)
-    a_xx, a_yy, a_xy = _coefficients(n, m, ESTIMATOR)
+    a_xx, a_yy, a_xy = _coefficients(coefficients_ptr, item, n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
     value = tl.zeros([BLOCK_M], tl.float64)
-    for start in range(tile * BLOCK_M, padded, BLOCK_N):
+    if DC == DP:
+        z = tl.load(z_ptr + first * DP + row[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_M, DP]
+    begin = tl.where(is_y, tile * BLOCK_M, tile * BLOCK_M if TERMS & 1 else padded_n)
+    end = tl.where(is_y, padded, padded if TERMS & 4 else padded_n)
+    for start in range(begin, end, BLOCK_N):
         same = (start >= padded_n) == is_y
-        cross = padded_n if ESTIMATOR == 2 else 1 << 30
-        _, u = _distances(
-            z, norm, tile * BLOCK_M, z_ptr, norm_ptr, start, tl.where(same, 0, cross), DP, BLOCK_M, BLOCK_N, PRECISION
+        shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
+        if DC == DP:
+            other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + tl.arange(0, DP)[None, :])
+            product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
+        else:
+            product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            product = _product(z_ptr, first, z_ptr, start, product, DP, DC, BLOCK_M, BLOCK_N, PRECISION)
+        u = _distances(
+            product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
         )
         k, _ = _evaluate(u, parameters, KIND, PTX)
+        if weight_ptr is not None:
+            k *= tl.load(weight_ptr + item * padded + start + column)[None, :]
         # A tile against itself meets each of its pairs twice.
         twice = tl.where(start < (tile + 1) * BLOCK_M, a_same, 2.0 * a_same)
         value += tl.sum(k, 1).to(tl.float64) * tl.where(same, twice, -2.0 * a_xy)
+    if weight_ptr is not None:
+        value *= tl.load(weight_ptr + item * padded + first + row)
     valid = row < tl.where(is_y, m + padded_n, n) - first
     tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
 
 
 def aot_specs() -> list[Spec]:
-    from fastgen.kernels import launch
+    from fastgen.kernels import mmd_launch
 
-    return launch.mmd_specs()
+    return mmd_launch.specs()

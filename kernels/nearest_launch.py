@@ -10,6 +10,7 @@ BLOCK_M = BLOCK_N = 128
 BLOCK_K = 64
 KEEP = 4  # tiles of rows that a query keeps of each split (kernels/nearest.py spells them out)
 WIDEST = 8192  # columns: the float64 sums then err by less than the bound allows for
+STAGES, STAGES_HIP = 3, 2  # of the filter's loop: AMD's CDNA 3 has 64 KiB of shared memory
 PROGRAMS = 256  # fill the machine: few queries split the database
 
 
@@ -124,7 +125,7 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         num_warps=8,
-        num_stages=3,
+        num_stages=STAGES if torch.version.hip is None else STAGES_HIP,
     )
     index = query.new_empty(n, dtype=torch.int64)
     distance = query.new_empty(n, dtype=torch.float32)
@@ -172,7 +173,8 @@ def specs() -> list[Spec]:
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
     for width in (128, 0, 64):
         constants = {**blocks, "RESIDENT": width}
-        listed.append(_spec(f"filter {width or 'wide'}", filtering, types, constants, num_warps=8, num_stages=3))
+        launch = {"num_warps": 8, "num_stages": STAGES, "hip": {"num_stages": STAGES_HIP}}
+        listed.append(_spec(f"filter {width or 'wide'}", filtering, types, constants, **launch))
     for dtype in ("fp32", "bf16", "fp16"):
         points = {**types, **dict.fromkeys(("x_ptr", "query_ptr", "database_ptr"), f"*{dtype}")}
         options = {"enable_fp_fusion": False}

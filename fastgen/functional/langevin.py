@@ -33,9 +33,11 @@ def langevin_step_(
     """One Langevin step, in place: x ← clamp(x − η·(clip(∇U) + x/σ²) + s·ε), the noise ε made in the kernel.
 
     Args:
-        x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides.
+        x: [C, ...] float64, float32, bfloat16 or float16, C chains; overwritten. Any strides; what is not contiguous is
+            copied to and fro.
         grad: ∇U(x), of x's shape, dtype and device.
-        step_size: η > 0, a number or one for each chain: [C] float32 (float64 where x is).
+        step_size: η > 0, a number, or a tensor of one number, [], or of one for each chain, [C]: float32 (float64 where
+            x is), on x's device, so that a CUDA graph can change it.
         noise_scale: s >= 0, likewise; None is √(2η), the Langevin diffusion at temperature 1. FRAME's δ is
             step_size=δ²/2, noise_scale=δ. At 0 no noise is made.
         prior_scale: σ > 0 of a Gaussian reference N(0, σ²I), added as x·(1/σ²); None has no such term.
@@ -230,6 +232,7 @@ def _number(name: str, value: Any, dtype: torch.dtype = torch.float64, **bounds:
 
 def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
+        value = value.expand(len(x)) if value.ndim == 0 else value
         return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
     return _number(name, value, _ops.compute_dtype(x.dtype), **bounds), None
 
@@ -250,7 +253,9 @@ def _scales(
                 f"prior_scale: expected 1/σ² and step_size/σ² finite in {check.short(compute)}, got {prior_scale!r}"
             )
     if noise_scale is None:
-        s, noise_scales = math.sqrt(2.0 * h), None if step_sizes is None else (step_sizes * 2.0).sqrt()
+        s, noise_scales = math.sqrt(2.0 * h), None
+        if step_sizes is not None:  # by way of float64: torch's float32 root may not be the nearest, nor that of a GPU
+            noise_scales = (2.0 * step_sizes.double()).sqrt().to(compute)
     else:
         s, noise_scales = _per_chain("noise_scale", noise_scale, x, least=0.0)
     return step_sizes, noise_scales, (h, s, precision, clip)

@@ -6,6 +6,7 @@ A model is a class with
     load(run, images)                     classmethod: the model of a finished run
     sample(n, seed=)                      images [n, C, H, W] in [0, 1]
     on_disk                               True where it reads `Stored` images, which need not fit into memory
+    not_for_trainer                       options of Lightning's Trainer that the command line does not offer for it
 
 and, where they mean something for it, what `fastgen evaluate` draws and measures:
 

@@ -53,10 +53,10 @@ def figures(samples: Tensor, reference: Tensor, classifier: Classifier) -> dict[
     }
 
 
-def evaluate(run: Run, model: Any, images: Images, *, name: str) -> dict[str, Any]:
+def evaluate(run: Run, model: Any, images: Images, baseline: Gaussian, *, name: str) -> dict[str, Any]:
     """Measure and write `metrics.json`: the mean over three sampling seeds and, under `spread`, least and most.
 
-    As many samples as there are test images are drawn for each seed. Needs labels.
+    baseline: of the training images. As many samples as there are test images are drawn for each seed. Needs labels.
     """
     if images.train_label is None or images.test_label is None:
         raise UserError(f"data: evaluation needs labels, {images.name} has none")
@@ -67,7 +67,7 @@ def evaluate(run: Run, model: Any, images: Images, *, name: str) -> dict[str, An
     start = time.perf_counter()
     reference = classifier.features(images.test)
     result: dict[str, Any] = {}
-    for who, source in {"real": _Real(images.train), "gaussian": Gaussian(images.train), name: model}.items():
+    for who, source in {"real": _Real(images.train), "gaussian": baseline, name: model}.items():
         rows = [figures(source.sample(len(images.test), seed=seed), reference, classifier) for seed in SEEDS]
         result[who] = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         result[who]["spread"] = {key: [min(row[key] for row in rows), max(row[key] for row in rows)] for key in rows[0]}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen import check, data
 from fastgen.models.frame_learner import PIXELS, ConvScore, FilterScore, Learner
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import Run, arguments_of, generator, row_loader
 from fastgen.nn import trunk as make_trunk
 
 STAGE = "frame"
@@ -77,10 +77,9 @@ class _Frame:
         diverge.
         """
         learner = self._learner(images)  # what it lacks is said before the folder is claimed
-        run = Run.start(out, {"model": self.name, "data": images.name, "arguments": self.arguments}, resume=resume)
+        run = Run.start(out, self.name, images, self.arguments, resume=resume)
         self._take(learner, images)  # what a diverging run has recorded can be read
-        with run.phase(STAGE):
-            run.fit(STAGE, learner, self._loader(images), self.arguments["epochs"], trainer or {})
+        run.fit(STAGE, learner, self._loader(images), self.arguments["epochs"], trainer or {})
         run.note_peak("train")
         return self._take(learner, images)
 
@@ -255,11 +254,6 @@ def energy_curves(file: Path, curves: dict[str, list[Tensor]]) -> None:
     report._save(figure, file)
 
 
-def _given(scope: dict[str, Any], model: Any) -> dict[str, Any]:
-    names = inspect.signature(model.__init__).parameters
-    return {key: value for key, value in scope.items() if key in names and key != "self"}
-
-
 class DeepFRAME(_Frame):
     """Deep FRAME: p(x) ∝ exp(D Σ_k λ_k h_k(x)/s_k) N(x; 0, σ²), λ such that the filters' means are the data's.
 
@@ -316,7 +310,7 @@ class DeepFRAME(_Frame):
         sample_from: Literal["chains", "reference"] = "chains",
         seed: int = 0,
     ) -> None:
-        super().__init__(_given(locals(), DeepFRAME))
+        super().__init__(arguments_of(locals()))
 
 
 class GenerativeConvNet(_Frame):
@@ -374,7 +368,7 @@ class GenerativeConvNet(_Frame):
         sample_from: Literal["chains", "reference"] = "reference",
         seed: int = 0,
     ) -> None:
-        super().__init__(_given(locals(), GenerativeConvNet))
+        super().__init__(arguments_of(locals()))
 
 
 class WFRAME(_Frame):
@@ -439,7 +433,7 @@ class WFRAME(_Frame):
         sample_from: Literal["chains", "reference"] | None = None,
         seed: int | None = None,
     ) -> None:
-        given = _given(locals(), WFRAME)
+        given = arguments_of(locals())
         check.choice("base", base, ("deep-frame", "generative-convnet"))
         known = inspect.signature((DeepFRAME if base == "deep-frame" else GenerativeConvNet).__init__).parameters
         arguments: dict[str, Any] = {"base": base, "beta": beta, "penalty": penalty}

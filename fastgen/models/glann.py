@@ -10,8 +10,9 @@ from torch import Tensor
 from fastgen import check, data
 from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle import LatentIMLE
+from fastgen.models.imle_pool import codes, key
 from fastgen.models.networks import in_batches
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
 from fastgen.nn import PerceptualLoss
 
 NAME = "glann"
@@ -52,6 +53,8 @@ class GLANN(Decoder):
         imle_batch: latents a step of stage 2.
         imle_lr: Adam's step size for the mapper.
         pool: noises drawn for each latent in each epoch.
+        chunk: of them in memory at a time.
+        checkpoint_every: steps between checkpoints; each epoch's end has one too.
         seed: of everything drawn in training.
     """
 
@@ -74,26 +77,23 @@ class GLANN(Decoder):
         imle_batch: int = 64,
         imle_lr: float = 1e-3,
         pool: int = 10,
+        chunk: int = 4000,
+        checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
-        counts = {
-            "latent_dim": latent_dim,
-            "width": width,
-            "glo_epochs": glo_epochs,
-            "noise_dim": noise_dim,
-            "hidden": hidden,
-        }
-        counts |= {"hidden_layers": hidden_layers, "imle_epochs": imle_epochs, "pool": pool}
-        for name, value in counts.items():
-            check.integer(name, value, least=1)
-        for name, value in {"glo_batch": glo_batch, "imle_batch": imle_batch}.items():
-            check.integer(name, value, least=2)  # BatchNorm has no statistics of one row
-        for name, rate in {"generator_lr": generator_lr, "latent_lr": latent_lr, "imle_lr": imle_lr}.items():
-            check.number(name, rate, above=0)
+        a = self.arguments = arguments_of(locals())
+        for name in (
+            "latent_dim", "width", "glo_epochs", "noise_dim", "hidden", "hidden_layers", "imle_epochs", "pool", "chunk",
+            "checkpoint_every",
+        ):  # fmt: skip
+            check.integer(name, a[name], least=1)
+        for name in ("glo_batch", "imle_batch"):
+            check.integer(name, a[name], least=2)  # BatchNorm has no statistics of one row
+        for name in ("generator_lr", "latent_lr", "imle_lr"):
+            check.number(name, a[name], above=0)
         check.number("pixel_weight", pixel_weight, least=0)
         check.integer("seed", seed, least=0, most=2**31)
         check.choice("latent_init", latent_init, ("pca", "random"))
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
         self.mapper: torch.nn.Module | None = None
 
     def fit(
@@ -106,24 +106,22 @@ class GLANN(Decoder):
     ) -> "GLANN":
         """Train both stages into the folder `out`, each with its own checkpoint and log.
 
-        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was
+        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was, in the middle of
+            an epoch too
         trainer: more arguments for both stages' lightning.Trainer
 
         Raises UserError where `out` holds another run, or one that was asked for differently.
         """
         loss = self._loss()  # what it lacks is said before the folder is claimed
-        record = {"model": NAME, "data": images.name, "arguments": self.arguments}
-        run = Run.start(out, record, resume=resume)
-        a, options = self.arguments, trainer or {}
-        with run.phase("glo"):
-            glo = self._glo(images.train, loss)
-            run.fit("glo", glo, row_loader(len(images.train), a["glo_batch"], a["seed"]), a["glo_epochs"], options)
+        a, options, rows = self.arguments, trainer or {}, len(images.train)
+        every = a["checkpoint_every"]
+        run = Run.start(out, NAME, images, a, resume=resume)
+        glo = self._glo(images.train, loss)
+        loader = ResumableBatches(rows, a["glo_batch"], a["seed"])
+        run.fit("glo", glo, loader, a["glo_epochs"], options, every=every)
         imle = self._imle(glo.latent.weight.detach())
-        loader = row_loader(len(images.train), a["imle_batch"], a["seed"] + 1)
-        with run.phase("imle"):
-            run.fit("imle", imle, loader, a["imle_epochs"], options)
-        # The search is part of the phase just added.
-        run.add_seconds({"imle": -imle.search_seconds, "imle_search": imle.search_seconds})
+        loader = ResumableBatches(rows, a["imle_batch"], a["seed"] + 1)
+        run.fit("imle", imle, loader, a["imle_epochs"], options, every=every)
         run.note_peak("train")
         return self._take(glo, imle)
 
@@ -153,16 +151,15 @@ class GLANN(Decoder):
             torch.manual_seed(a["seed"])
             kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
             latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
-            steps = a["glo_epochs"] * (len(images) // min(a["glo_batch"], len(images)))
             rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
-            return GLO(images, loss, latent, width=a["width"], steps=steps, **rates)
+            return GLO(images, loss, latent, width=a["width"], **rates)
 
     def _imle(self, latent: Tensor) -> LatentIMLE:
         a = self.arguments
         shape = {"noise_dim": a["noise_dim"], "hidden": a["hidden"], "layers": a["hidden_layers"]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"] + 1)
-            return LatentIMLE(latent, **shape, pool=a["pool"], lr=a["imle_lr"], seed=a["seed"])
+            return LatentIMLE(latent, **shape, pool=a["pool"], chunk=a["chunk"], lr=a["imle_lr"], seed=a["seed"])
 
     def _take(self, glo: GLO, imle: LatentIMLE) -> "GLANN":
         self.generator, self.mapper = glo.generator.cpu().eval(), imle.mapper.cpu().eval()
@@ -172,5 +169,5 @@ class GLANN(Decoder):
     def sample(self, n: int, *, seed: int) -> Tensor:
         """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.mapper is not None, "fit or load first"
-        noise = torch.randn(n, self.arguments["noise_dim"], generator=torch.Generator().manual_seed(seed))
+        noise = codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1))
         return self.decode(in_batches(self.mapper, noise))

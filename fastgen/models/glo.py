@@ -4,21 +4,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as tf
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fastgen.models.networks import Generator, in_batches
 from fastgen.models.row_adam import RowAdam, project
+from fastgen.models.run import EpochLoss
+
+# Options of Lightning's Trainer that it refuses beside two optimisers.
+NOT_BESIDE_TWO_OPTIMISERS = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
 
 
-class GLO(LightningModule):
+class GLO(EpochLoss):
     """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1 (or ≤ 1).
 
     images: float32 [N, C, H, W] in [0, 1]; they and the loss's cached target features live on the module's device
     loss: a perceptual loss, or what has its `target`; frozen, not part of the checkpoint; None for a module that only
         loads one
     latent: [N, latent_dim] rows on the unit sphere to start from
-    generator_lr, latent_lr: Adam's (β = .5, .999) at the start; both fall to 0 along a cosine over `steps` steps
+    generator_lr, latent_lr: Adam's (β = .5, .999) at the start; both fall to 0 along a cosine
     sphere_or_ball: "sphere" or "ball", where latents are held
 
     Each step touches the batch's latents alone: `RowAdam` keeps moments row by row and projects those rows at once. The
@@ -29,6 +32,8 @@ class GLO(LightningModule):
     Non-Adversarial Image Synthesis with Generative Latent Nearest Neighbors, CVPR 2019.
     """
 
+    steps: int
+
     def __init__(
         self,
         images: Tensor,
@@ -38,13 +43,12 @@ class GLO(LightningModule):
         width: int,
         generator_lr: float,
         latent_lr: float,
-        steps: int,
         sphere_or_ball: str = "sphere",
     ) -> None:
         super().__init__()
         self.sphere_or_ball = sphere_or_ball
         self.automatic_optimization = False
-        self.generator_lr, self.latent_lr, self.steps = generator_lr, latent_lr, steps
+        self.generator_lr, self.latent_lr = generator_lr, latent_lr
         shape: Any = tuple(images.shape[1:])
         self.generator = Generator(latent.shape[1], shape, width)
         self.latent = nn.Embedding.from_pretrained(latent.clone(), freeze=False, sparse=True)
@@ -67,7 +71,7 @@ class GLO(LightningModule):
 
     def training_step(self, rows: Tensor, batch_number: int) -> None:
         optimisers: Any = self.optimizers()
-        reconstruction = self.generator(self.latent(rows))
+        reconstruction = self.generator(self.latent(rows)).float()  # of lower precision under autocast
         loss = self._held["loss"](reconstruction, self._held["target"][rows]).mean()
         for optimiser in optimisers:
             optimiser.zero_grad()
@@ -76,12 +80,13 @@ class GLO(LightningModule):
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             schedule.step()
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        self.count(loss, len(rows))
 
 
 class Decoder:
     """What a trained generator with a latent for each training image can draw."""
 
+    not_for_trainer = NOT_BESIDE_TWO_OPTIMISERS
     generator: nn.Module | None = None
     latent: Tensor | None = None
 

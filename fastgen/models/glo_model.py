@@ -13,7 +13,7 @@ from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle_pool import codes
 from fastgen.models.imle_space import LAYERS
 from fastgen.models.row_adam import project
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
 from fastgen.nn import PerceptualLoss
 
 
@@ -53,6 +53,7 @@ class GLOModel(Decoder):
         batch: images a step.
         generator_lr: Adam's step size for the generator, at the start.
         latent_lr: Adam's step size for the latents, at the start.
+        checkpoint_every: steps between checkpoints; each epoch's end has one too.
         seed: of everything drawn in training.
     """
 
@@ -71,10 +72,11 @@ class GLOModel(Decoder):
         batch: int = 64,
         generator_lr: float = 1e-3,
         latent_lr: float = 1e-2,
+        checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k != "self"}
-        for name in ("latent_dim", "width", "epochs"):
+        self.arguments = arguments_of(locals())
+        for name in ("latent_dim", "width", "epochs", "checkpoint_every"):
             check.integer(name, self.arguments[name], least=1)
         check.integer("batch", batch, least=2)  # BatchNorm has no statistics of one row
         if levels is not None:
@@ -95,13 +97,13 @@ class GLOModel(Decoder):
         resume: bool = False,
         trainer: dict[str, Any] | None = None,
     ) -> "GLOModel":
-        """Train into the folder `out`, with a checkpoint each epoch; resume and trainer as `GLANN.fit`."""
+        """Train into the folder `out`; resume and trainer as `GLANN.fit`."""
         a = self.arguments
         loss = self._loss(images.shape)  # what it lacks is said before the folder is claimed
-        run = Run.start(out, {"model": "glo", "data": images.name, "arguments": a}, resume=resume)
-        with run.phase("glo"):
-            module = self._module(images.train, loss)
-            run.fit("glo", module, row_loader(len(images.train), a["batch"], a["seed"]), a["epochs"], trainer or {})
+        run = Run.start(out, "glo", images, a, resume=resume)
+        module = self._module(images.train, loss)
+        loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
+        run.fit("glo", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
         run.note_peak("train")
         return self._take(module)
 
@@ -135,10 +137,8 @@ class GLOModel(Decoder):
             torch.manual_seed(a["seed"])
             kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
             latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
-            return GLO(
-                images, loss, latent, width=a["width"], generator_lr=a["generator_lr"], latent_lr=a["latent_lr"],
-                steps=a["epochs"] * (len(images) // min(a["batch"], len(images))), sphere_or_ball=a["latent_space"],
-            )  # fmt: skip
+            rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
+            return GLO(images, loss, latent, width=a["width"], **rates, sphere_or_ball=a["latent_space"])
 
     def _take(self, module: GLO) -> "GLOModel":
         self.generator = module.generator.cpu().eval()

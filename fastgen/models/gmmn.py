@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgen import check, data
 from fastgen.functional import RBF, median_squared_distance, mmd
 from fastgen.models.networks import in_batches
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import Run, arguments_of, cosine, generator, row_loader
 
 NAME = "gmmn"
 LADDER = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the median squared distance: the Gaussians' 2·bandwidth²
@@ -31,6 +31,14 @@ def layers(*widths: int) -> nn.Sequential:
     return body
 
 
+def spread(points: Tensor) -> float:
+    """The median squared distance of the first 2,000 points [N, D]; a UserError where it is 0."""
+    median = float(median_squared_distance(points[:2000]))
+    if not median > 0:
+        raise check.UserError("data: expected images that differ: more than half of their distances are zero")
+    return median
+
+
 class CodeTraining(LightningModule):
     """An auto-encoder of flat images: least squared error from images that have lost a share of their pixels.
 
@@ -39,11 +47,9 @@ class CodeTraining(LightningModule):
         those of the data decode badly
     """
 
-    def __init__(
-        self, images: Tensor, *, code_dim: int, hidden: int, drop: float, lr: float, steps: int, seed: int
-    ) -> None:
+    def __init__(self, images: Tensor, *, code_dim: int, hidden: int, drop: float, lr: float, seed: int) -> None:
         super().__init__()
-        self.drop, self.lr, self.steps, self.seed = drop, lr, steps, seed
+        self.drop, self.lr, self.seed = drop, lr, seed
         self.encoder = layers(images.shape[1], hidden, code_dim)
         self.decoder = layers(code_dim, hidden, images.shape[1])
         self._held = {"images": images}
@@ -52,9 +58,7 @@ class CodeTraining(LightningModule):
         self._held["images"] = self._held["images"].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.Adam(self.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+        return cosine(self, torch.optim.Adam(self.parameters(), self.lr))
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         images = self._held["images"][rows]
@@ -71,15 +75,11 @@ class MomentTraining(LightningModule):
     target: float32 [N, D], the codes or pixels y that are to be matched, held on the module's device
     """
 
-    def __init__(
-        self, target: Tensor, *, noise_dim: int, hidden: tuple[int, ...], lr: float, steps: int, seed: int
-    ) -> None:
+    def __init__(self, target: Tensor, *, noise_dim: int, hidden: tuple[int, ...], lr: float, seed: int) -> None:
         super().__init__()
-        self.noise_dim, self.lr, self.steps, self.seed = noise_dim, lr, steps, seed
+        self.noise_dim, self.lr, self.seed = noise_dim, lr, seed
         self.body = layers(noise_dim, *hidden, target.shape[1])
-        median = float(median_squared_distance(target[:2000]))
-        if not median > 0:
-            raise check.UserError("data: expected images that differ: more than half of their distances are zero")
+        median = spread(target)
         self.kernel = RBF(tuple(math.sqrt(scale * median / 2) for scale in LADDER))
         self._held = {"target": target}
 
@@ -87,9 +87,7 @@ class MomentTraining(LightningModule):
         self._held["target"] = self._held["target"].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.Adam(self.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+        return cosine(self, torch.optim.Adam(self.parameters(), self.lr))
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         random = generator(self.seed, self.current_epoch * 100_000 + batch_number, 6)
@@ -140,6 +138,7 @@ class GMMN:
         drop: float = 0.2,
         seed: int = 0,
     ) -> None:
+        self.arguments = arguments_of(locals())
         check.choice("space", space, ("code", "data"))
         counts = {"noise_dim": noise_dim, "epochs": epochs, "batch": batch, "code_dim": code_dim}
         counts |= {"code_hidden": code_hidden, "code_epochs": code_epochs, "code_batch": code_batch}
@@ -151,8 +150,6 @@ class GMMN:
         check.number("code_lr", code_lr, above=0)
         check.number("drop", drop, least=0, most=0.9)
         check.integer("seed", seed, least=0, most=2**31)
-        hidden = tuple(hidden)
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
         self.code: CodeTraining | None = None
         self.body: nn.Module | None = None
         self.shape: tuple[int, int, int] = (0, 0, 0)
@@ -173,16 +170,15 @@ class GMMN:
 
         Raises UserError where `out` holds another run, or one that was asked for differently.
         """
-        run = Run.start(out, {"model": NAME, "data": images.name, "arguments": self.arguments}, resume=resume)
         a, options, rows = self.arguments, trainer or {}, len(images.train)
+        spread(images.train.flatten(1))  # said before the folder is claimed
+        run = Run.start(out, NAME, images, a, resume=resume)
         code = None
         if a["space"] == "code":
             code = self._code(images)
-            with run.phase("autoencoder"):
-                run.fit("autoencoder", code, row_loader(rows, a["code_batch"], a["seed"]), a["code_epochs"], options)
+            run.fit("autoencoder", code, row_loader(rows, a["code_batch"], a["seed"]), a["code_epochs"], options)
         training = self._moments(images, code)
-        with run.phase("gmmn"):
-            run.fit("gmmn", training, row_loader(rows, a["batch"], a["seed"] + 1), a["epochs"], options)
+        run.fit("gmmn", training, row_loader(rows, a["batch"], a["seed"] + 1), a["epochs"], options)
         run.note_peak("train")
         return self._take(training, code)
 
@@ -200,24 +196,20 @@ class GMMN:
 
     def _code(self, images: data.Images) -> CodeTraining:
         a = self.arguments
-        steps = a["code_epochs"] * (len(images.train) // min(a["code_batch"], len(images.train)))
         shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
-            return CodeTraining(
-                images.train.flatten(1), **shape, drop=a["drop"], lr=a["code_lr"], steps=steps, seed=a["seed"]
-            )
+            return CodeTraining(images.train.flatten(1), **shape, drop=a["drop"], lr=a["code_lr"], seed=a["seed"])
 
     def _moments(self, images: data.Images, code: CodeTraining | None) -> MomentTraining:
         a = self.arguments
         self.shape = images.shape
         flat = images.train.flatten(1)
         self.target = flat if code is None else in_batches(code.cpu().encoder, flat)
-        steps = a["epochs"] * (len(flat) // min(a["batch"], len(flat)))
         shape = {"noise_dim": a["noise_dim"], "hidden": tuple(a["hidden"])}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"] + 1)
-            return MomentTraining(self.target, **shape, lr=a["lr"], steps=steps, seed=a["seed"])
+            return MomentTraining(self.target, **shape, lr=a["lr"], seed=a["seed"])
 
     def _take(self, training: MomentTraining, code: CodeTraining | None) -> "GMMN":
         self.body, self.code = training.body.cpu().eval(), code

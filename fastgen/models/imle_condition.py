@@ -19,7 +19,8 @@ class Condition:
 
     def __init__(self, what: str, images: data.Images) -> None:
         self.kind = what if what in ("none", "label") else "image"
-        self.size, self._rows = 0, torch.arange(0)
+        self.size = 0
+        self.told: data.Images | None = None
         if what == "label":
             if images.train_label is None:
                 raise UserError(f"condition: {images.name} has no labels")
@@ -36,7 +37,7 @@ class Condition:
                     f"condition: expected as many images as the data, {len(images.train) + len(images.test)}, "
                     f"got {len(told.train) + len(told.test)}"
                 )
-            self._told = told
+            self.told = told
             self.size = torch.Size(told.shape).numel()
 
     def of(self, rows: Tensor) -> Tensor | None:
@@ -45,7 +46,8 @@ class Condition:
             return None
         if self.kind == "label":
             return self._one_hot(self._label.to(rows.device)[rows])
-        return self._told.train[rows].to(rows.device).flatten(1)
+        assert self.told is not None
+        return self.told.train[rows].to(rows.device).flatten(1)
 
     def some(self, n: int) -> Tensor | None:
         """For samples drawn afterwards: the classes in turn, or the test images' conditions."""
@@ -53,7 +55,8 @@ class Condition:
             return None
         if self.kind == "label":
             return self._one_hot(torch.arange(n) % self.size)
-        return self._told.test[torch.arange(n) % len(self._told.test)].flatten(1)
+        assert self.told is not None
+        return self.told.test[torch.arange(n) % len(self.told.test)].flatten(1)
 
     def _one_hot(self, label: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(label, self.size).float()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,16 +14,16 @@ from fastgen import check, data
 from fastgen.functional import nearest
 from fastgen.models import processes
 from fastgen.models.imle_condition import Condition
-from fastgen.models.imle_pool import Found, codes, own_spans, search_own, search_pool, spans
+from fastgen.models.imle_pool import Found, codes, key, own_spans, search_own, search_pool, spans
 from fastgen.models.imle_space import Space, space
 from fastgen.models.networks import ImageMLP, in_batches
-from fastgen.models.run import ResumableBatches, Run
+from fastgen.models.run import EpochLoss, ResumableBatches, Run, arguments_of, cosine
 
 BLOCK = 2**28  # bytes of data that are searched for at a time
 PART = 1000  # samples that pass the network at a time
 
 
-class PoolIMLE(LightningModule):
+class PoolIMLE(EpochLoss):
     """min over G of Σ_i min_j d(x_i, G(z_j)), the z_j of an epoch numbered on from those of the last.
 
     images: the training images [N, C, H, W], a tensor or `data.Stored`
@@ -34,7 +33,6 @@ class PoolIMLE(LightningModule):
     refresh: epochs from one search to the next
     adaptive: δ, or None: then every datum is searched for at once; else see `IMLE`
     radius: samples nearer than this to a datum are not chosen (distance, not squared)
-    steps: of the whole training, along which the step size falls to 0
 
     The state of the search is in the checkpoint: `chosen` [N] int64 numbers and `distance` [N] of the last search.
     """
@@ -59,12 +57,11 @@ class PoolIMLE(LightningModule):
         adaptive: float | None,
         radius: float,
         lr: float,
-        steps: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.noise_dim, self.pool, self.chunk, self.refresh = noise_dim, pool, chunk, refresh
-        self.adaptive, self.radius, self.lr, self.steps, self.seed = adaptive, radius, lr, steps, seed
+        self.adaptive, self.radius, self.lr, self.seed = adaptive, radius, lr, seed
         shape: Any = tuple(images.shape[1:])
         self.generator = ImageMLP(noise_dim + condition.size, shape, hidden, layers)
         # Not in the module tree: a checkpoint needs neither the data nor a pretrained trunk.
@@ -73,25 +70,14 @@ class PoolIMLE(LightningModule):
         self.register_buffer("distance", torch.full((len(images),), torch.inf))
         self.register_buffer("threshold", torch.zeros(len(images)))
         self.register_buffer("age", torch.zeros(len(images), dtype=torch.int32))
-        self.loss_sum = torch.zeros(2, dtype=torch.float64)
         self.search_seconds = 0.0
 
     def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["loss_sum"] = processes.summed(self.loss_sum)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if processes.rank() == 0:
-            self.loss_sum = checkpoint["loss_sum"]
+        return cosine(self, torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999)))
 
     def on_fit_start(self) -> None:
         held = self._held
         held["measure"].to(self.device)
-        self.loss_sum = self.loss_sum.to(self.device)
         n = len(held["images"])
         if isinstance(held["images"], Tensor):
             held["images"] = held["images"].to(self.device)
@@ -197,13 +183,8 @@ class PoolIMLE(LightningModule):
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         fake = self.sample(self.chosen[rows], self._held["condition"].of(rows))
         loss: Tensor = self._held["measure"].loss(fake, self.images(rows)).mean()
-        self.loss_sum += torch.stack([loss.detach().double() * len(rows), loss.new_tensor(len(rows)).double()])
+        self.count(loss, len(rows))
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        total, count = processes.summed(self.loss_sum).tolist()
-        self.log("loss", total / count, prog_bar=True, rank_zero_only=True)
-        self.loss_sum.zero_()
 
 
 class _Points(torch.nn.Module):
@@ -215,21 +196,29 @@ class _Points(torch.nn.Module):
         return self.measure.points(images)
 
 
-def _start(out: str | os.PathLike[str], record: dict[str, Any], resume: bool) -> Run:
-    """`Run.start`, with the change that no argument can mend told first."""
+def _start(
+    out: str | os.PathLike[str],
+    name: str,
+    images: data.Images,
+    arguments: dict[str, Any],
+    about: Condition,
+    resume: bool,
+) -> Run:
+    """`Run.start`, with the changes that no argument can mend told first."""
+    more: dict[str, Any] = {"processes": processes.size()}
+    if about.told is not None:
+        data.read_through(about.told)
+        more["condition_fingerprint"] = data.fingerprint(about.told)
     if resume and (Path(out) / "run.json").exists():
-        before = Run(out).record.get("processes")
-        if before != record["processes"]:
-            now = record["processes"]
+        before = Run(out).record
+        if before.get("processes") != more["processes"]:
             raise check.UserError(
-                f"processes: the run in {out} goes on with as many as it began with, {before}; got {now}"
+                f"processes: the run in {out} goes on with as many as it began with, {before.get('processes')}; "
+                f"got {more['processes']}"
             )
-    return Run.start(out, record, resume=resume)
-
-
-def key(seed: int, use: int) -> int:
-    """The noise's seed: 0 for the pools of training, 1 for samples drawn afterwards."""
-    return 2 * seed + use
+        if before.get("condition_fingerprint") != more.get("condition_fingerprint"):
+            raise check.UserError(f"condition: {arguments['condition']} has changed since the run in {out} began")
+    return Run.start(out, name, images, arguments, resume=resume, more=more)
 
 
 class IMLE:
@@ -291,19 +280,20 @@ class IMLE:
         checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k != "self"}
+        if condition not in ("none", "label"):
+            condition = str(Path(condition).expanduser().resolve())
+        a = self.arguments = arguments_of(locals())
         for name in (
             "noise_dim", "hidden", "hidden_layers", "components", "epochs", "batch", "pool", "chunk", "refresh",
             "checkpoint_every",
         ):  # fmt: skip
-            check.integer(name, arguments[name], least=1)
-        check.number("lr", arguments["lr"], above=0)
-        check.number("pixel_weight", arguments["pixel_weight"], least=0)
-        check.integer("seed", arguments["seed"], least=0, most=2**31)
-        check.choice("space", arguments["space"], ("pixel", "latent", "perceptual"))
-        if arguments["adaptive"] is not None:
-            check.number("adaptive", arguments["adaptive"], above=0, most=1)
-        self.arguments = arguments
+            check.integer(name, a[name], least=1)
+        check.number("lr", lr, above=0)
+        check.number("pixel_weight", pixel_weight, least=0)
+        check.integer("seed", seed, least=0, most=2**31)
+        check.choice("space", space, ("pixel", "latent", "perceptual"))
+        if adaptive is not None:
+            check.number("adaptive", adaptive, above=0, most=1)
         self.generator: torch.nn.Module | None = None
         self.condition: Condition | None = None
         self.chosen: Tensor | None = None
@@ -332,14 +322,11 @@ class IMLE:
                     f"batch: expected a multiple of the {processes.size()} processes, got {a['batch']}"
                 )
             module = self._module(images)  # what it lacks is said before the folder is claimed
-            record = {"model": self.name, "data": images.name, "processes": processes.size(), "arguments": a}
-            run = processes.lead(lambda: _start(out, record, resume), lambda: Run(out))
+            about = module._held["condition"]
+            run = processes.lead(lambda: _start(out, self.name, images, a, about, resume), lambda: Run(out))
             loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
-            with run.phase("imle"):
-                every = a["checkpoint_every"]
-                run.fit("imle", module, loader, a["epochs"], {**more, **(trainer or {})}, every=every)
-            # The search is part of the phase just added.
-            run.add_seconds({"imle": -module.search_seconds, "imle_search": module.search_seconds})
+            every = a["checkpoint_every"]
+            run.fit("imle", module, loader, a["epochs"], {**more, **(trainer or {})}, every=every)
             run.note_peak("train")
         return self._take(module)
 
@@ -356,11 +343,10 @@ class IMLE:
         condition = Condition(a["condition"], images)
         chosen = {name: a[name] for name in ("components", "trunk", "layers", "pixel_weight")}
         measure = space(a["space"], images.train, **chosen) if for_search else Space()
-        steps = a["epochs"] * (len(images.train) // min(a["batch"], len(images.train)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
             return PoolIMLE(
-                images.train, measure, condition, layers=a["hidden_layers"], radius=a.get("radius", 0.0), steps=steps,
+                images.train, measure, condition, layers=a["hidden_layers"], radius=a.get("radius", 0.0),
                 **{k: a[k] for k in ("noise_dim", "hidden", "pool", "chunk", "refresh", "adaptive", "lr", "seed")},
             )  # fmt: skip
 

@@ -18,6 +18,11 @@ def codes(ids: Tensor, dim: int, seed: int) -> Tensor:
     return langevin_noise((len(ids), dim), seed=seed, chain_id=ids, device=ids.device)
 
 
+def key(seed: int, use: int) -> int:
+    """The noise's seed: 0 for the pools of training, 1 for samples drawn afterwards."""
+    return 2 * seed + use
+
+
 class Found(NamedTuple):
     """Of each datum: squared distance float32 [N] to the nearest sample, and its id int64 [N]."""
 

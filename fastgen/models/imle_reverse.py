@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastgen import check, data
 from fastgen.functional import nearest
-from fastgen.models.imle_image import PART, key
-from fastgen.models.imle_pool import codes
+from fastgen.models.imle_image import PART
+from fastgen.models.imle_pool import codes, key
 from fastgen.models.networks import ImageMLP, in_batches
-from fastgen.models.run import ResumableBatches, Run
+from fastgen.models.run import ResumableBatches, Run, arguments_of, cosine
 
 
 def reverse_loss(fake: Tensor, other: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -29,26 +29,24 @@ class ReverseModule(LightningModule):
 
     def __init__(
         self, images: Any, *, noise_dim: int, hidden: int, layers: int, batch: int, others: int, margin: float,
-        push_weight: float, lr: float, steps: int, seed: int,
+        push_weight: float, lr: float, seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.noise_dim, self.batch, self.others, self.margin = noise_dim, batch, others, margin
         self.push_weight = push_weight
-        self.lr, self.steps, self.seed = lr, steps, seed
+        self.lr, self.seed = lr, seed
         shape: Any = tuple(images.shape[1:])
         self.generator = ImageMLP(noise_dim, shape, hidden, layers)
         self._held = {"images": images}
 
     def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+        return cosine(self, torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999)))
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         real = self._held["images"][rows.cpu()].to(self.device).flatten(1)
         count = self.batch + self.others
         ids = torch.arange(count, device=self.device) + self.global_step * count
-        made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1)
+        made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1).float()
         pull, push = reverse_loss(made[: self.batch], made[self.batch :], real, self.margin)
         loss: Tensor = (pull + self.push_weight * push).mean()
         self.log_dict(
@@ -101,7 +99,7 @@ class IMLEReverse:
         checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k != "self"}
+        self.arguments = arguments_of(locals())
         for name in ("noise_dim", "hidden", "hidden_layers", "epochs", "reals", "batch", "others", "checkpoint_every"):
             check.integer(name, self.arguments[name], least=1)
         check.number("lr", lr, above=0)
@@ -122,10 +120,9 @@ class IMLEReverse:
         """Train into the folder `out`; arguments and errors as `IMLE.fit`, in one process."""
         a = self.arguments
         module = self._module(images)
-        run = Run.start(out, {"model": "imle-reverse", "data": images.name, "arguments": a}, resume=resume)
+        run = Run.start(out, "imle-reverse", images, a, resume=resume)
         loader = ResumableBatches(len(images.train), a["reals"], a["seed"])
-        with run.phase("imle"):
-            run.fit("imle", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
+        run.fit("imle", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
         run.note_peak("train")
         self.generator = module.generator.cpu().eval()
         return self
@@ -141,14 +138,11 @@ class IMLEReverse:
 
     def _module(self, images: data.Images) -> ReverseModule:
         a = self.arguments
-        steps = a["epochs"] * (len(images.train) // min(a["reals"], len(images.train)))
         margin = _margin(images.train, a["others"]) if a["margin"] is None else a["margin"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a["seed"])
             names = ("noise_dim", "hidden", "batch", "others", "push_weight", "lr", "seed")
-            return ReverseModule(
-                images.train, layers=a["hidden_layers"], margin=margin, steps=steps, **{k: a[k] for k in names}
-            )
+            return ReverseModule(images.train, layers=a["hidden_layers"], margin=margin, **{k: a[k] for k in names})
 
     def sample(self, n: int, *, seed: int) -> Tensor:
         """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""

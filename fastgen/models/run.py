@@ -3,9 +3,9 @@
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,32 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from fastgen import __version__
+from fastgen import __version__, data
 from fastgen.check import UserError
 from fastgen.models import processes
+
+# Data and codes are float32: the others would need them in their own type.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class Run:
     """The folder of one training run.
 
-    run.json                  model, data and arguments: what `--resume`, `fastgen sample` and `fastgen evaluate` read
+    run.json                  model, data and its fingerprint, arguments: what `--resume`, `fastgen sample` and
+                              `fastgen evaluate` read
     <stage>/last.ckpt         the newest whole checkpoint of a stage
     logs/<stage>/version_*    metrics.csv, one folder a start
-    seconds.json              seconds spent in each phase, summed over resumptions
+    seconds.json              seconds spent in each stage and search, summed over resumptions
     trainer.json              options for Lightning's Trainer, which `--resume` takes up
     peak_rss.json             bytes of the largest resident set, by command
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.fresh = False  # whether `start` claimed the folder just now
         try:
             self.record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         except FileNotFoundError:
@@ -49,12 +55,27 @@ class Run:
             )
 
     @classmethod
-    def start(cls, path: str | os.PathLike[str], record: dict[str, Any], *, resume: bool) -> "Run":
+    def start(
+        cls,
+        path: str | os.PathLike[str],
+        model: str,
+        images: data.Images,
+        arguments: dict[str, Any],
+        *,
+        resume: bool,
+        more: dict[str, Any] | None = None,
+    ) -> "Run":
         """Claim an empty or new folder, or go on with the run that `path` holds where `resume` is set.
 
-        Raises UserError where the folder holds anything else, or a run that was asked for with other arguments.
+        more: what run.json keeps beside model, data and arguments
+
+        Raises UserError where the folder holds anything else, or a run that was asked for with other arguments, where
+        the data is another than that run's, or bad; the folder is then as it was.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > processes.size():
+            raise UserError(f"{model}: this model trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         folder = Path(path)
+        record = {"model": model, "data": images.name, **(more or {}), "arguments": arguments}
         if folder.exists() and not folder.is_dir():
             raise UserError(f"out: expected a folder, {folder} is a file")
         if (folder / "run.json").exists():
@@ -67,15 +88,39 @@ class Run:
                     raise UserError(
                         f"{key}: the run in {folder} has {old!r}, got {value!r}; leave it out to resume that run"
                     )
+            run.same_data(images)
             return run
         # A kill may have left the record's first part, before anything else was written.
         if folder.exists() and any(file.name != "run.json.part" for file in folder.iterdir()):
             raise UserError(f"out: {folder} is not empty and holds no run: give another folder")
         if resume:
             raise UserError(f"resume: {folder} holds no run yet: leave --resume out to start one")
+        data.read_through(images)
+        record["fingerprint"] = data.fingerprint(images)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", {**record, "version": __version__})
-        return cls(folder)
+        run = cls(folder)
+        run.fresh = True
+        return run
+
+    def same_data(self, images: data.Images) -> None:
+        """Raises UserError where the data behind the run's name or path has changed since it began."""
+        was, now = self.record.get("fingerprint"), data.fingerprint(images)
+        if was not in (None, now):
+            raise UserError(
+                f"data: {images.name} has changed since the run in {self.path} began: then {data.described(was)}, "
+                f"now {data.described(now)}"
+            )
+
+    def _give_back(self) -> None:
+        """Take away what a start wrote that ended before its first checkpoint: the folder can be claimed again."""
+        if not self.fresh or any(self.path.glob("*/last.ckpt")):
+            return
+        for name in ("run", "trainer", "seconds", "peak_rss"):
+            (self.path / f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path / "logs", ignore_errors=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def checkpoint(self, stage: str) -> Path:
         return self.path / stage / "last.ckpt"
@@ -108,64 +153,78 @@ class Run:
     ) -> None:
         """Train `module` to `epochs` with Lightning, from the stage's checkpoint where there is one.
 
+        module: is told in `steps` how many steps its optimiser will take in the whole of the training
         options: more arguments for lightning.Trainer; its callbacks and loggers are added to ours
         every: also keep a checkpoint each so many steps, in the middle of an epoch: `loader` is `ResumableBatches`
+
+        Raises UserError for what the user can mend; a folder claimed just now, without a checkpoint, is given back.
         """
+        try:
+            self._fit(stage, module, loader, epochs, dict(options), every)
+        except MisconfigurationException as error:
+            self._give_back()
+            raise UserError(f"trainer: {error}") from None
+        except UserError:
+            self._give_back()
+            raise
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+
+    def _fit(
+        self,
+        stage: str,
+        module: Any,
+        loader: "DataLoader | ResumableBatches",
+        epochs: int,
+        options: dict[str, Any],
+        every: int | None,
+    ) -> None:
         file = self.checkpoint(stage)
-        found: str | None = None
-        if file.exists():
-            read_checkpoint(file)  # a file cut short is named before Lightning meets it
-            found = str(file)
-        options = dict(options)
-        self._note_options(options)
-        if int(os.environ.get("WORLD_SIZE", "1")) > processes.size():
-            raise UserError(f"this model trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
+        plain = _plain(options)
         loggers = options.pop("logger", None) or []
         callbacks = options.pop("callbacks", None) or []
         plugins = options.pop("plugins", None) or []
-        trainer = Trainer(
+        asked: dict[str, Any] = dict(
             max_epochs=epochs,
             logger=[CSVLogger(self.path / "logs", name=stage), *(loggers if isinstance(loggers, list) else [loggers])],
             callbacks=[
                 ModelCheckpoint(dirpath=file.parent, filename=file.stem, enable_version_counter=False),
                 *([MidEpoch(file, every)] if every else []),
+                Clock(self, stage),
                 *([TQDMProgressBar(refresh_rate=20)] if options.get("enable_progress_bar", True) else []),
                 *(callbacks if isinstance(callbacks, list) else [callbacks]),
             ],
             plugins=[WholeFiles(), *(plugins if isinstance(plugins, list) else [plugins])],
             **{"enable_model_summary": False, "log_every_n_steps": len(loader), **options},
         )
+        try:
+            trainer = Trainer(**asked)
+        except (ValueError, TypeError, ImportError) as error:  # TPUs say that their package is missing
+            raise UserError(f"trainer: {error}") from None
+        if trainer.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision: expected one of {', '.join(PRECISIONS)}, got {trainer.precision}")
         if trainer.world_size > processes.size():
             joined = f"torchrun started {processes.size()}" if processes.size() > 1 else "this is one"
             raise UserError(f"trainer.devices: expected as many processes as run, {joined}; got {trainer.world_size}")
+        # Lightning's own estimate sets the loader up before a checkpoint has given it back its place.
+        batches, limit = len(loader), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if batches < 1:
+            raise UserError(f"trainer.limit_train_batches: {limit} leaves none of {len(loader)} batches")
+        module.steps = epochs * -(-batches // trainer.accumulate_grad_batches)
+        write_json(self.path / "trainer.json", plain)
         try:
-            trainer.fit(module, loader, ckpt_path=found, weights_only=True)
+            trainer.fit(module, loader, ckpt_path=str(file) if file.exists() else None, weights_only=True)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
             raise UserError(f"{file} does not fit the run's arguments or data: {error}") from None
-        # Lightning returns as if all were well after Ctrl-C and SIGTERM.
+        # Lightning returns as if all were well where it is told to stop.
         if trainer.current_epoch < epochs:
             raise KeyboardInterrupt
         wrong = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
         if wrong:
             raise UserError(f"{stage}: training diverged, {wrong[0]} is not finite: start anew with a lower rate")
-
-    def _note_options(self, options: dict[str, Any]) -> None:
-        """Keep what a resumed run needs of the Trainer's options in trainer.json: the plain ones, but for display."""
-        plain = {
-            k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("enable")
-        }
-        write_json(self.path / "trainer.json", plain)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's seconds to `name` in seconds.json, also where it is broken off."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add_seconds({name: time.perf_counter() - start})
 
     def add_seconds(self, more: dict[str, float]) -> None:
         seconds = self.seconds()
@@ -206,6 +265,40 @@ class WholeFiles(TorchCheckpointIO):
             out.flush()
             os.fsync(out.fileno())
         os.replace(part, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+class Clock(Callback):
+    """Keeps seconds.json up to date while a stage trains, so that a kill loses one second of it, or one search.
+
+    A module's own `search_seconds` stand apart, as `<stage>_search`.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.stage, self.since, self.searched = run, stage, time.perf_counter(), 0.0
+
+    def _note(self, module: Any, least: float) -> None:
+        now = time.perf_counter()
+        if now - self.since < least:
+            return
+        seconds = {self.stage: now - self.since}
+        if hasattr(module, "search_seconds"):
+            search = module.search_seconds - self.searched
+            seconds = {self.stage: now - self.since - search, f"{self.stage}_search": search}
+            self.searched = module.search_seconds
+        self.since = now
+        self.run.add_seconds(seconds)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *batch: Any) -> None:
+        self._note(module, least=1.0)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self._note(module, least=0.0)
+
+    def on_fit_end(self, trainer: Any, module: Any) -> None:
+        self._note(module, least=0.0)
 
 
 class MidEpoch(Callback):
@@ -274,6 +367,12 @@ def row_loader(rows: int, batch_size: int, seed: int) -> DataLoader:
     return DataLoader(_Rows(), sampler=EpochBatches(rows, batch_size, seed), batch_size=None)
 
 
+def cosine(module: Any, optimiser: torch.optim.Optimizer) -> Any:
+    """For `configure_optimizers`: the optimiser, its step size falling to 0 along a cosine over `Run.fit`'s `steps`."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, module.steps)
+    return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+
+
 def generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     """Random numbers that depend on (seed, epoch, purpose) alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 16 + purpose)
@@ -298,6 +397,41 @@ def write_json(file: Path, content: Any) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, file)
+
+
+class EpochLoss(LightningModule):
+    """Logs an epoch's mean loss as `loss`, also of an epoch that is taken up in its middle: Lightning's own means
+    forget what came before the checkpoint. `count` belongs into every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_sum = torch.zeros(2, dtype=torch.float64)
+
+    def count(self, loss: torch.Tensor, rows: int) -> None:
+        self.loss_sum = self.loss_sum.to(loss.device)
+        self.loss_sum += torch.stack([loss.detach().double() * rows, loss.new_tensor(rows).double()])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["loss_sum"] = processes.summed(self.loss_sum)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            self.loss_sum = checkpoint["loss_sum"]
+
+    def on_train_epoch_end(self) -> None:
+        total, rows = processes.summed(self.loss_sum).tolist()
+        self.log("loss", total / rows, prog_bar=True, rank_zero_only=True)
+        self.loss_sum.zero_()
+
+
+def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+    """What a model was made with, for run.json: `arguments_of(locals())` as the first statement of its __init__."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run takes up of the Trainer's options: the plain ones, but for display."""
+    return {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("enable")}
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen import check, data
 from fastgen.functional import wae_mmd
 from fastgen.models.networks import Generator, in_batches
-from fastgen.models.run import Run, generator, row_loader
+from fastgen.models.run import Run, arguments_of, cosine, generator, row_loader
 
 NAME = "wae-mmd"
 STAGE = "wae"
@@ -48,12 +48,11 @@ class WAETraining(LightningModule):
 
     images: float32 [N, C, H, W] in [0, 1], held on the module's device
     settings: the arguments of `WAEMMD`
-    steps: in the whole of the training: Adam's step size falls to 0 along a cosine
     """
 
-    def __init__(self, images: Tensor, settings: dict[str, Any], steps: int) -> None:
+    def __init__(self, images: Tensor, settings: dict[str, Any]) -> None:
         super().__init__()
-        self.settings, self.steps = settings, steps
+        self.settings = settings
         shape: Any = tuple(images.shape[1:])
         self.encoder = Encoder(shape, settings["latent_dim"], settings["width"])
         self.decoder = Generator(settings["latent_dim"], shape, settings["width"])
@@ -63,9 +62,7 @@ class WAETraining(LightningModule):
         self._held["images"] = self._held["images"].to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimiser = torch.optim.Adam(self.parameters(), self.settings["lr"], betas=(0.5, 0.999))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps)
-        return [optimiser], [{"scheduler": schedule, "interval": "step"}]
+        return cosine(self, torch.optim.Adam(self.parameters(), self.settings["lr"], betas=(0.5, 0.999)))
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         a = self.settings
@@ -120,6 +117,7 @@ class WAEMMD:
         lr: float = 1e-3,
         seed: int = 0,
     ) -> None:
+        self.arguments = arguments_of(locals())
         for name, count in {"latent_dim": latent_dim, "width": width, "epochs": epochs}.items():
             check.integer(name, count, least=1)
         check.integer("batch", batch, least=2)
@@ -130,7 +128,6 @@ class WAEMMD:
         check.number("reconstruction_weight", reconstruction_weight, least=0)
         check.number("lr", lr, above=0)
         check.integer("seed", seed, least=0, most=2**31)
-        self.arguments: dict[str, Any] = {k: v for k, v in locals().items() if k in self.__init__.__annotations__}  # type: ignore[misc]
         self.training: WAETraining | None = None
         self.code: Tensor | None = None
 
@@ -149,11 +146,10 @@ class WAEMMD:
 
         Raises UserError where `out` holds another run, or one that was asked for differently.
         """
-        run = Run.start(out, {"model": NAME, "data": images.name, "arguments": self.arguments}, resume=resume)
+        run = Run.start(out, NAME, images, self.arguments, resume=resume)
         training = self._training(images.train)
         loader = row_loader(len(images.train), self.arguments["batch"], self.arguments["seed"])
-        with run.phase(STAGE):
-            run.fit(STAGE, training, loader, self.arguments["epochs"], trainer or {})
+        run.fit(STAGE, training, loader, self.arguments["epochs"], trainer or {})
         run.note_peak("train")
         return self._take(training, images.train)
 
@@ -166,10 +162,9 @@ class WAEMMD:
         return model._take(training, images.train)
 
     def _training(self, images: Tensor) -> WAETraining:
-        a = self.arguments
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
-            return WAETraining(images, a, a["epochs"] * (len(images) // min(a["batch"], len(images))))
+            torch.manual_seed(self.arguments["seed"])
+            return WAETraining(images, self.arguments)
 
     def _take(self, training: WAETraining, images: Tensor) -> "WAEMMD":
         self.training = training.cpu().eval()

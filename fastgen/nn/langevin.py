@@ -71,8 +71,8 @@ class LangevinSampler(nn.Module):
 
     Returns:
         x after K steps, [C, ...], without a graph; with return_trajectory [C, D, ...], D = (K − burn_in) div thin: the
-        (chain, draw, *shape) of ArviZ, `arviz.from_dict({"x": trajectory.numpy()})`. `run` takes the same arguments
-        and returns a `LangevinRun` with energies, acceptance rates and resets.
+        (chain, draw, *shape) of ArviZ, `arviz.convert_to_dataset({"x": trajectory.numpy()})` for `rhat` and `ess`. `run` takes the same
+        arguments and returns a `LangevinRun` with energies, acceptance rates and resets.
 
     Raises:
         FloatingPointError: an energy or a state is NaN or infinite (and on_divergence is "raise", or it is the start);
@@ -257,8 +257,9 @@ class _Chains:
         self.seed: int | Tensor = seed
         self.step: int | Tensor = first
         if x.is_cuda:  # where a captured step finds them
-            self.seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=x.device)
-            self.step = torch.tensor(first, device=x.device)
+            signed = seed - 2**64 if seed >= 2**63 else seed
+            # Filled there: a copy from the host would wait for the device.
+            self.seed, self.step = (torch.full((), n, dtype=torch.int64, device=x.device) for n in (signed, first))
         self.schedule = sampler._schedule(torch.float64 if x.dtype == torch.float64 else torch.float32)
         self.energy = x.new_zeros(count, dtype=torch.float64)
         self.started_from: Tensor | None = None
@@ -317,7 +318,8 @@ class _Chains:
         self.table: list[Tensor | None] = []
         for column in zip(*numbers, strict=True):
             varies = not isinstance(column[0], Tensor) and len(set(column)) > 1
-            self.table.append(torch.tensor(column, dtype=compute, device=self.x.device) if varies else None)
+            pinned = torch.tensor(column, dtype=compute).pin_memory() if varies else None
+            self.table.append(None if pinned is None else pinned.to(self.x.device, non_blocking=True))
         self.h, self.s = (
             column[0] if table is None else table.new_empty(len(self.x))
             for column, table in zip(zip(*numbers, strict=True), self.table, strict=True)
@@ -455,9 +457,9 @@ def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
     elif value.device.type == "cpu":
         good = value.isfinite() & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
-            chain = int((~good).nonzero()[0, 0]) if value.ndim else 0
-            bounds = "> 0" if positive else ">= 0"
-            raise ValueError(f"{name}: expected finite numbers {bounds}, got {float(value[chain])} for chain {chain}")
+            chain = int((~good).flatten().nonzero()[0, 0])
+            got = f"{float(value.flatten()[chain])}" + (f" for chain {chain}" if value.ndim else "")
+            raise ValueError(f"{name}: expected finite numbers {'> 0' if positive else '>= 0'}, got {got}")
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Vector quantisation on exact nearest neighbours."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,16 +32,18 @@ class VectorQuantizer(nn.Module):
         threshold_ema_dead_code: in training, an entry whose running count is below this is replaced by a vector of the
             batch; 0 replaces none.
         accept_image_fmap: x is [B, D, H, W] and the vectors lie along dimension 1.
-        sync_codebook: averages are those of the vectors of all processes of torch.distributed; None: where there are
-            several. Their codebooks then stay equal.
+        sync_codebook: averages, and what replaces dead entries, are those of the vectors of all processes of `group`,
+            of which some may have none; None: where there are several. Their codebooks then stay equal.
         seed: of the vectors that replace dead entries.
+        group: a torch.distributed group for sync_codebook; None (default) is the default group.
 
     forward(x, freeze_codebook=False): x [..., D] float32, float64, bfloat16 or float16, finite (or [B, D, H, W]).
 
     Returns: Quantized(quantized like x, indices [...] (or [B, H, W]), loss): in training the commitment loss, plus the
         codebook's own where it is learnable; 0 in eval mode.
 
-    Raises: TypeError and ValueError naming the argument; ValueError for NaN or infinity in x.
+    Raises: TypeError and ValueError naming the argument; ValueError for NaN or infinity in x; RuntimeError for
+        sync_codebook=True without torch.distributed, or in a process outside `group`.
 
     Notes: Indices are exact, a tie goes to the lowest; no N×K matrix is made. The gradient of `quantized` goes to x as
         it is (straight-through), that of the loss to x (and to a learnable codebook, whose rows' gradients are summed
@@ -70,6 +72,7 @@ class VectorQuantizer(nn.Module):
         accept_image_fmap: bool = False,
         sync_codebook: bool | None = None,
         seed: int = 0,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.dim = check.integer("dim", dim, least=1)
@@ -81,7 +84,7 @@ class VectorQuantizer(nn.Module):
         if not isinstance(learnable_codebook, bool):
             raise TypeError(f"learnable_codebook: expected True or False, got {check.describe(learnable_codebook)}")
         self.learnable_codebook, self.accept_image_fmap = learnable_codebook, accept_image_fmap
-        self.sync_codebook = sync_codebook
+        self.sync_codebook, self.group = sync_codebook, group
         self.seed = check.integer("seed", seed, least=0, most=2**43)  # times 1,000,003 a seed
         if learnable_codebook and threshold_ema_dead_code > 0:
             raise ValueError("threshold_ema_dead_code: counts are kept of an averaging codebook alone; expected 0")
@@ -149,32 +152,48 @@ class VectorQuantizer(nn.Module):
             total.index_put_((indices,), flat, accumulate=True)
         else:
             total.index_add_(0, indices, flat)
-        together = self.sync_codebook
-        if together is None:
-            together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if together:
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        if len(flat) == 0 and not (together and bool(count.any())):
+        rank, size = self._place()
+        if size > 1:
+            dist.all_reduce(count, group=self.group)
+            dist.all_reduce(total, group=self.group)
+        if not (len(flat) or (size > 1 and bool(count.any()))):
             return  # nobody had a vector: nothing to average
         self.cluster_size.mul_(keep).add_(count, alpha=1 - keep)
         self.embed_avg.mul_(keep).add_(total.to(self.embed_avg.dtype), alpha=1 - keep)
         sum_ = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.eps) * (sum_ / (sum_ + self.codebook_size * self.eps))
         self.codebook.copy_(self.embed_avg / smoothed[:, None])
-        if self.threshold_ema_dead_code > 0 and len(flat):
-            self._revive(flat, together)
+        if self.threshold_ema_dead_code > 0:
+            self._revive(flat, rank, size)
         self.calls += 1
 
-    def _revive(self, flat: Tensor, together: bool) -> None:
+    def _place(self) -> tuple[int, int]:
+        """This process's rank among those that average together, and their number."""
+        ready = dist.is_available() and dist.is_initialized()
+        if self.sync_codebook is False or (self.sync_codebook is None and not ready):
+            return 0, 1
+        if not ready:
+            raise RuntimeError("sync_codebook: expected torch.distributed to be initialised (torchrun)")
+        if dist.get_rank(self.group) < 0:
+            raise RuntimeError("group: expected a group that this process is in")
+        return dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def _revive(self, flat: Tensor, rank: int, size: int) -> None:
         dead = self.cluster_size < self.threshold_ema_dead_code
+        counts = flat.new_zeros(size, dtype=torch.int64)
+        counts[rank] = len(flat)
+        if size > 1:
+            dist.all_reduce(counts, group=self.group)
+        # Drawn from the batches of all, laid one after the other by rank, and sent by whoever has it.
+        first = int(counts[:rank].sum())
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.calls))
-        drawn = torch.randint(len(flat), (self.codebook_size,), generator=random).to(flat.device)
-        new = flat[drawn].to(self.codebook.dtype)
-        if together:
-            dist.broadcast(new, src=0)
+        drawn = torch.randint(int(counts.sum()), (self.codebook_size,), generator=random).to(flat.device) - first
+        new, mine = torch.zeros_like(self.codebook), (drawn >= 0) & (drawn < len(flat))
+        new[mine] = flat[drawn[mine]].to(new.dtype)
+        if size > 1:
+            dist.all_reduce(new, group=self.group)
         self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
         # Its average starts as if it had been chosen just often enough.
-        size = self.threshold_ema_dead_code
-        self.cluster_size.copy_(torch.where(dead, size, self.cluster_size))
-        self.embed_avg.copy_(torch.where(dead[:, None], new * size, self.embed_avg))
+        revived = self.threshold_ema_dead_code
+        self.cluster_size.copy_(torch.where(dead, revived, self.cluster_size))
+        self.embed_avg.copy_(torch.where(dead[:, None], new * revived, self.embed_avg))

@@ -14,6 +14,7 @@ from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
 from fastgen.nn.perceptual import Features, entered_target, images_of, kept
+from fastgen.nn.trunks_conv import scaled
 from fastgen.reference import perceptual as reference
 
 HEADS = Path(__file__).parent / "lpips_heads"
@@ -26,6 +27,17 @@ _NETS = {
 }
 
 
+class _First(nn.Sequential):
+    """The first slice, which scales the images."""
+
+    def forward(self, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
+        first, *rest = self
+        x = scaled(first, x, gain, offset)
+        for module in rest:
+            x = module(x)
+        return x
+
+
 class _Slices(nn.Module):
     """A torchvision trunk cut after each tapped layer, under lpips's names: slice1.0.weight and so on."""
 
@@ -33,17 +45,19 @@ class _Slices(nn.Module):
         super().__init__()
         start = 0
         for k, end in enumerate(ends, 1):
-            part = nn.Sequential()
+            part = nn.Sequential() if start else _First()
             for index in range(start, end):
                 part.add_module(str(index), features[index])
             self.add_module(f"slice{k}", part)
             start = end
 
-    def forward(self, x: Tensor, use: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
-        """The maps, or what `use` makes of each as soon as it is there."""
+    def forward(
+        self, x: Tensor, gain: Tensor, offset: Tensor, use: Callable[[int, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """The maps of gain·x + offset, or what `use` makes of each as soon as it is there."""
         taps = []
         for k, part in enumerate(self.children()):
-            x = part(x)
+            x = part(x) if k else part(x, gain, offset)
             taps.append(x if use is None else use(k, x))
         return taps
 
@@ -126,7 +140,9 @@ class LPIPS(nn.Module):
             vgg16-397923af.pth, squeezenet1_1-b8a52dc0.pth; nothing is downloaded); else a path or a state dict with
             torchvision's names.
         eps_mode: "lpips", or "torchmetrics" for the numbers of torchmetrics' LPIPS.
-        channels_last: runs the trunk in that layout, where its convolutions and our kernels are fastest.
+        channels_last: runs the trunk in that layout, where its convolutions and our kernels are fastest; a frozen one
+            does on the CPU in any case, in float32 and with its weights packed once (again their size in memory, twice
+            where gradients are taken).
         one_batch: two images of one call pass the trunk as one batch, where neither or both need a gradient: fewer
         launches.
         compile: runs the trunk through torch.compile, with a compilation for each kind of input.
@@ -196,7 +212,7 @@ class LPIPS(nn.Module):
         self.least = max(trunks.least_sides(features)[: ends[-1]])
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.channels_last, self.one_batch, self.cuda_graph = channels_last, one_batch, cuda_graph
+        self.one_batch, self.cuda_graph = one_batch, cuda_graph
         self.whole = compile or cuda_graph
         trunks.compile_module(self.net, compile, cuda_graph)
         self.lins = nn.ModuleList()
@@ -252,7 +268,7 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor, normalize: bool = False) -> Features:
         """The trunk's maps of images, before normalisation; differentiable."""
-        return Features(tuple(self._run(images, normalize)))
+        return Features(tuple(self._run(images, normalize)), tuple(images.shape[2:]))
 
     def _check_range(self, images: Tensor, normalize: bool) -> None:
         """A warning, once: images in [0, 255] pass for images in [-1, 1] otherwise."""
@@ -271,20 +287,15 @@ class LPIPS(nn.Module):
         trunks.check_sides("images", images, self.least, f"net={self.pnet_type!r}")
         if self.cuda_graph:
             trunks.check_cuda("images", images)
-        x = images.expand(-1, 3, -1, -1)
-        if self.version == "0.1":  # 2x − 1, − shift and / scale as one pass
-            layer = self.scaling_layer
-            gain = layer.scale.to(x.dtype).reciprocal()
-            offset = -(layer.shift.to(x.dtype) + 1) * gain if normalize else -layer.shift.to(x.dtype) * gain
-            x = torch.addcmul(offset, x, 2 * gain if normalize else gain)
-        elif normalize:
-            x = 2 * x - 1
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        # 2x − 1, − shift and / scale as one pass, or none
+        shift, scale = (t[0].to(images.dtype) for t in (self.scaling_layer.shift, self.scaling_layer.scale))
+        if self.version == "0.0":
+            shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
+        gain, offset = (2 / scale, -(shift + 1) / scale) if normalize else (1 / scale, -shift / scale)
         if not self.whole:
-            made: list[Tensor] = self.net(x, use)
+            made: list[Tensor] = self.net(images, gain, offset, use)
             return made
-        maps: list[Tensor] = self.net(x)
+        maps: list[Tensor] = self.net(images, gain, offset)
         if self.cuda_graph:  # the next replay writes to the graph's memory
             maps = [f.clone() for f in maps]
         return maps if use is None else [use(k, f) for k, f in enumerate(maps)]
@@ -302,7 +313,12 @@ class LPIPS(nn.Module):
         if in1 is None:
             in1 = entered_target("in1", self.entered)
         trunks.check_sides("in0", in0, self.least, f"net={self.pnet_type!r}")
-        if not isinstance(in1, Features):
+        if isinstance(in1, Features):
+            if in1.size is not None and in1.size != tuple(in0.shape[2:]):
+                raise ValueError(
+                    f"in1: expected features of images of size {list(in0.shape[2:])}, got some of {list(in1.size)}"
+                )
+        else:
             images_of("in1", in1)
             if in1.shape[2:] != in0.shape[2:]:
                 raise ValueError(f"in1: expected images of size {list(in0.shape[2:])}, got {list(in1.shape[2:])}")

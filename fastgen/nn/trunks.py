@@ -11,6 +11,7 @@ import torch.nn.functional as tf
 from torch import Tensor, nn
 
 from fastgen import check
+from fastgen.nn.trunks_conv import Conv, scaled
 
 Weights = str | os.PathLike[str] | Mapping[str, Tensor] | None
 
@@ -24,7 +25,6 @@ class Trunk(nn.Module):
 
     layers: tuple[str, ...]
     least: Mapping[str, int]  # the smallest side of an image that leaves something of a layer
-    channels_last = False
     cuda_graph = False
     mean: Tensor
     std: Tensor
@@ -53,9 +53,6 @@ class Trunk(nn.Module):
             raise ValueError(f"{argument}: each name once, got {list(layers)}")
         return layers
 
-    def normalised(self, x: Tensor) -> Tensor:
-        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
-
     def forward(self, x: Tensor, layers: Sequence[str]) -> list[Tensor]:
         layers = self.check_layers(layers)
         check.tensor("x", x, ndim=(4,))
@@ -63,9 +60,6 @@ class Trunk(nn.Module):
             raise ValueError(f"x: expected [N, 1 or 3, H, W], got shape {list(x.shape)}")
         least = max(self.least.get(layer, 1) for layer in layers)
         check_sides("x", x, least, f"layers {list(layers)}")
-        x = self.normalised(x)
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
         taps = self.run(x, layers)
         return [taps[layer] for layer in layers]
 
@@ -76,7 +70,7 @@ class Trunk(nn.Module):
         return [f.clone() for f in maps] if self.cuda_graph else maps  # the next replay writes to the graph's memory
 
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
-        """Normalised images -> the maps by name."""
+        """Images as they are -> the maps by name."""
         raise NotImplementedError
 
 
@@ -135,10 +129,15 @@ class _Torchvision(Trunk):
 
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
         taps: dict[str, Tensor] = {}
+        gain, offset = self.std.reciprocal().to(x.dtype), (-self.mean / self.std).to(x.dtype)
         before = ""
         for layer, module in zip(self.layers, self.features, strict=True):
-            # A ReLU works in place unless that would rewrite a map that was asked for.
-            x = tf.relu(x) if before in taps and isinstance(module, nn.ReLU) else module(x)
+            if not before:
+                x = scaled(module, x, gain, offset)
+            elif before in taps and isinstance(module, nn.ReLU):
+                x = tf.relu(x)  # in place it would rewrite a map that was asked for
+            else:
+                x = module(x)
             if layer in layers:
                 taps[layer] = x
                 if len(taps) == len(layers):
@@ -150,9 +149,9 @@ class _Torchvision(Trunk):
 class _Fire(nn.Module):
     def __init__(self, channels: int, squeeze: int, expand: int) -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(channels, squeeze, 1)
-        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
-        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+        self.squeeze = Conv(channels, squeeze, 1)
+        self.expand1x1 = Conv(squeeze, expand, 1)
+        self.expand3x3 = Conv(squeeze, expand, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.squeeze(x).relu_()
@@ -165,7 +164,7 @@ def vgg16_features() -> nn.Sequential:
     channels = 3
     for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
-            modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            modules += [Conv(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         modules.append(nn.MaxPool2d(2))
     return nn.Sequential(*modules)
@@ -174,18 +173,18 @@ def vgg16_features() -> nn.Sequential:
 def alexnet_features() -> nn.Sequential:
     """torchvision's `alexnet().features`: modules 0 to 12."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
-        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
-        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True)),
-        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True)),
-        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
+        *(Conv(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
+        *(Conv(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
+        *(Conv(192, 384, 3, padding=1), nn.ReLU(inplace=True)),
+        *(Conv(384, 256, 3, padding=1), nn.ReLU(inplace=True)),
+        *(Conv(256, 256, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
     )
 
 
 def squeezenet1_1_features() -> nn.Sequential:
     """torchvision's `squeezenet1_1().features`: modules 0 to 12."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True)),
+        *(Conv(3, 64, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(_Fire(64, 16, 64), _Fire(128, 16, 64), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(_Fire(128, 32, 128), _Fire(256, 32, 128), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(_Fire(256, 48, 192), _Fire(384, 48, 192), _Fire(384, 64, 256), _Fire(512, 64, 256)),
@@ -291,13 +290,10 @@ class EfficientNetLite0(Trunk):
         self.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.freeze()
 
-    def normalised(self, x: Tensor) -> Tensor:
-        if self._gray and x.shape[1] == 1:
-            return (x - self.mean[:1].to(x.dtype)) / self.std[:1].to(x.dtype)
-        return super().normalised(x)
-
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
         taps: dict[str, Tensor] = {}
+        channels = 1 if self._gray and x.shape[1] == 1 else 3
+        x = (x - self.mean[:channels].to(x.dtype)) / self.std[:channels].to(x.dtype)
         x = tf.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
         if "stem" in layers:
             taps["stem"] = x
@@ -403,7 +399,8 @@ def trunk(
             nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that.
         mean, std: three numbers each, of images in [0, 1]; default the trunk's own. 0.5 and 0.5 give 2I − 1, GLANN's
             input to VGG16.
-        channels_last: convolutions and maps in that layout, which EfficientNet-lite0 has anyway.
+        channels_last: convolutions and maps in that layout, which EfficientNet-lite0 has anyway, and on the CPU in
+            float32 the others too, with their weights packed once (again their size, twice where gradients are taken).
         compile: runs the network through torch.compile, with a compilation for each kind of input.
         cuda_graph: that, replayed as CUDA graphs (torch.compile's mode "reduce-overhead"): for small images, where
             launches cost more than the work. CUDA images only; the maps are copied out of the graph's memory.
@@ -424,7 +421,6 @@ def trunk(
         network = _Torchvision(features(), layers, mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
         if channels_last:
             network.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            network.channels_last = True
     compile_module(network, compile, cuda_graph)
     network.cuda_graph = cuda_graph
     if isinstance(weights, str) and weights == "random":

@@ -25,7 +25,6 @@ accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
-_IN_TRITON = ("imq", "rbf", "rational_quadratic")
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -59,12 +58,12 @@ def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Op
     chosen = backend.choose("mmd", x.device)
     if chosen == "cpp":
         return _cpp(x, y, sides, options)
-    if chosen == "triton" and options.kind in _IN_TRITON and options[3:] == (None, None, None, reference.ALL):
-        from fastgen.kernels import launch
+    if chosen == "triton":
+        from fastgen.kernels import mmd_launch
 
-        if launch.mmd_fits(x):
-            pairs = inverse_pairs(options.parameters)
-            return launch.mmd(x, y, options.kind, options.parameters, pairs, options.estimator, precision, sides)
+        if mmd_launch.fits(x, options.kind, options.parameters):
+            pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
+            return mmd_launch.mmd(x, y, sides, precision, pairs, *options)
     if sides == 0:
         return (reference.value(x, y, options),)
     if sides == 1:
@@ -147,12 +146,19 @@ def _value_grad(
 def _hessian_product(
     x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, kind: str, parameters: Any, estimator: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    options = reference.Options(kind, parameters, estimator, *rest[1:])  # `precision` is of no account here
-    if backend.choose("mmd", x.device) == "cpp":
+    precision, *others = rest
+    options = reference.Options(kind, parameters, estimator, *others)
+    chosen = backend.choose("mmd", x.device)
+    if chosen == "cpp":
         out = reference.accumulator(x.dtype)
         found = [h.to(out) for h in _cpp(x, y, 1 if vy is None else 2, options, vx, vy)]
         return found[0], found[1] if len(found) > 1 else x.new_empty(0, dtype=out)
-    # Else as blocked matrix products, in full precision.
+    if chosen == "triton":
+        from fastgen.kernels import mmd_launch
+
+        if mmd_launch.fits(x, kind, parameters, second=True):
+            return mmd_launch.hessian_product(x, y, vx, vy, precision, *options)
+    # Else as blocked matrix products, in full precision: there `precision` is of no account.
     return reference.hessian_product(x, y, vx, vy, options)
 
 

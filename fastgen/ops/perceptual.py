@@ -25,6 +25,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastgen::{_name}", _schema)
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # MapType of csrc/perceptual.h
 
 
 def _like(f: Tensor, value: Tensor) -> Tensor:
@@ -34,11 +35,11 @@ def _like(f: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(f).copy_(value)
 
 
-def _dense(f0: Tensor, f1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, bool]:
-    """Both maps of one dtype and in one layout, f0's if that will do; whether it is channels_last."""
+def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both maps in one layout, f0's if that will do; whether it is channels_last."""
     last = f0.ndim == 4 and not f0.is_contiguous() and f0.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    return f0.to(dtype).contiguous(memory_format=layout), f1.to(dtype).contiguous(memory_format=layout), last
+    return f0.contiguous(memory_format=layout), f1.contiguous(memory_format=layout), last
 
 
 def _lpips_cpp(
@@ -47,17 +48,18 @@ def _lpips_cpp(
     """The value, or (with `grad`) the gradients of the first `sides` of f0 and f1."""
     extension = backend.extension()
     assert extension is not None
-    g0, g1, last = _dense(f0, f1, reference.wide(f0.dtype))
+    g0, g1, last = _dense(f0, f1)
     n, c, h, w = g0.shape
-    weight = weight.to(g0.dtype).contiguous()
+    wide = reference.wide(g0.dtype)
+    weight = weight.to(wide).contiguous()
     if grad is None:
-        out: list[Tensor] = [g0.new_empty(n)]
+        out: list[Tensor] = [g0.new_empty(n, dtype=wide)]
         pointers = (0, out[0].data_ptr(), 0, 0)
     else:
-        grad = grad.to(g0.dtype).contiguous()
+        grad = grad.to(wide).contiguous()
         out = [torch.empty_like(g) for g in (g0, g1)[:sides]]
         pointers = (grad.data_ptr(), 0, out[0].data_ptr(), out[1].data_ptr() if sides == 2 else 0)
-    sizes = (n, c, h * w, eps, eps_inside, last, g0.dtype == torch.float64, torch.get_num_threads())
+    sizes = (n, c, h * w, eps, eps_inside, last, _TYPES[g0.dtype], torch.get_num_threads())
     extension.lpips_layer(g0.data_ptr(), g1.data_ptr(), weight.data_ptr(), *pointers, *sizes)
     return tuple(out) if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
 
@@ -73,7 +75,7 @@ def _lpips_fused(
         from fastgen.kernels import launch
 
         if launch.lpips_fits(f0):
-            g0, g1, last = _dense(f0, f1, f0.dtype)
+            g0, g1, last = _dense(f0, f1)
             out = launch.lpips_layer(g0, g1, weight, eps, eps_inside, last, grad, sides)
             return out if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
     return None
@@ -108,17 +110,25 @@ def _lpips_layer_backward_weight(grad: Tensor, f0: Tensor, f1: Tensor, eps: floa
 
 
 def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
-    if backend.choose("perceptual", f.device) != "cpp":
+    kernel = backend.choose("perceptual", f.device)
+    if kernel == "triton":
+        from fastgen.kernels import launch
+
+        if launch.lpips_fits(f):
+            last = not f.is_contiguous() and f.is_contiguous(memory_format=torch.channels_last)
+            g = f if last else f.contiguous()
+            return launch.lpips_project(g, weight, dim, seed, layer, eps, eps_inside, last)
+    if kernel != "cpp":
         return reference.lpips_project(f, weight, dim, seed, layer, eps, eps_inside)
     extension = backend.extension()
     assert extension is not None
     n, c, h, w = f.shape
-    g = f.to(reference.wide(f.dtype)).contiguous()
-    weight = weight.to(g.dtype).contiguous()
-    out = g.new_empty(n, dim)
+    g, wide = f.contiguous(), reference.wide(f.dtype)
+    weight = weight.to(wide).contiguous()
+    out = g.new_empty(n, dim, dtype=wide)
     pointers = (g.data_ptr(), weight.data_ptr(), out.data_ptr())
     sizes = (n, c, h * w, dim, layer, seed % 2**64)
-    extension.lpips_project(*pointers, *sizes, eps, eps_inside, g.dtype == torch.float64, torch.get_num_threads())
+    extension.lpips_project(*pointers, *sizes, eps, eps_inside, _TYPES[g.dtype], torch.get_num_threads())
     return out
 
 
@@ -126,16 +136,16 @@ def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> 
     """The value, or (with `grad`) the gradient of f0."""
     extension = backend.extension()
     assert extension is not None
-    g0, g1, _ = _dense(f0, f1, reference.wide(f0.dtype))
-    n = g0.shape[0]
+    g0, g1, _ = _dense(f0, f1)
+    n, wide = g0.shape[0], reference.wide(g0.dtype)
     if grad is None:
-        out = g0.new_empty(n)
+        out = g0.new_empty(n, dtype=wide)
         pointers = (0, out.data_ptr(), 0)
     else:
-        grad = grad.to(g0.dtype).contiguous()
+        grad = grad.to(wide).contiguous()
         out = torch.empty_like(g0)
         pointers = (grad.data_ptr(), 0, out.data_ptr())
-    sizes = (n, g0.numel() // max(n, 1), squared, g0.dtype == torch.float64, torch.get_num_threads())
+    sizes = (n, g0.numel() // max(n, 1), squared, _TYPES[g0.dtype], torch.get_num_threads())
     extension.feature_distance(g0.data_ptr(), g1.data_ptr(), *pointers, *sizes)
     return out if grad is None else _like(f0, out)
 
@@ -148,7 +158,7 @@ def _feature_fused(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -
         from fastgen.kernels import launch
 
         if launch.feature_fits(f0):
-            g0, g1, _ = _dense(f0, f1, f0.dtype)
+            g0, g1, _ = _dense(f0, f1)
             out = launch.feature_distance(g0, g1, squared, grad)
             return out if grad is None else _like(f0, out)
     return None

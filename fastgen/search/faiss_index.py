@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fastgen import check
 from fastgen.functional.nearest import Nearest
+
+_GPU_MOST = 2048  # neighbours of a query
 
 
 class FaissIndex:
@@ -23,12 +26,16 @@ class FaissIndex:
             "replicas" (each holds all rows and answers a part of the queries).
         block: rows that are converted and handed to FAISS at a time, default 65,536.
 
-    Points and queries are tensors or numpy arrays; float32 tensors of the CPU, contiguous, are searched where they are.
-    Arrays on disk (np.load(path, mmap_mode="r"), np.memmap) are read a block at a time: only the index need fit.
+    Points and queries are tensors or numpy arrays. Each block is centred where it is and FAISS reads and writes it
+    through its pointer: an index on one CUDA device takes and answers CUDA tensors on torch's current stream, nothing
+    passes through the host. (Several indexes, and transforms such as "PCA64,Flat", FAISS merges or makes on the CPU:
+    there it does.) Arrays on disk (np.load(path, mmap_mode="r"), np.memmap) are read a block at a time: only the index
+    need fit.
 
     Raises:
         ImportError: FAISS is not installed.
-        NotImplementedError: a CUDA device and a FAISS without GPU support.
+        NotImplementedError: a CUDA device and a FAISS without GPU support, or a spec that FAISS has on the CPU alone.
+        ValueError: a spec that FAISS does not read (when the first points come: it depends on their width).
 
     Notes:
         Distances are FAISS's own, in float32 by the expansion ‖q‖² − 2 q·b + ‖b‖²: for exact and reproducible answers
@@ -64,8 +71,9 @@ class FaissIndex:
                 check.not_built("device", str(one), "device='cpu' (the FAISS that is installed has no GPU support)")
         self._index: Any = None
         self._inner: Any = None  # the index behind the centring
-        self._mean: np.ndarray | None = None
-        self._resources: list[Any] = []
+        self._mean: Tensor | None = None
+        self._home = torch.device("cpu")  # where the pointers that it takes point to
+        self._resources: list[tuple[Any, torch.device]] = []
         self._parts: list[Any] = []
 
     def __len__(self) -> int:
@@ -73,12 +81,13 @@ class FaissIndex:
 
     def train(self, points: Tensor | np.ndarray) -> "FaissIndex":
         """Fit the index (its clusters, its codes) and the centre to points [M, D]; "Flat" and HNSW need no call."""
-        raw = np.concatenate(list(self._raw("points", points)))
+        raw = torch.cat(list(self._raw("points", points)))
         if len(self):
             raise ValueError(f"points: expected training before the first add, got an index of {len(self)} rows")
         self._build(raw)
-        self._threads()
-        self._inner.train(self._centred(raw))
+        rows = self._handed(raw)
+        with _named("points", f"enough of them to train {self.spec!r}"):
+            self._inner.train_c(len(rows), self._pointer(rows))
         self._index.is_trained = self._inner.is_trained
         return self
 
@@ -93,9 +102,9 @@ class FaissIndex:
         if not self._index.is_trained:
             self._index = None if not len(self) else self._index
             raise ValueError(f"points: expected a trained index for spec {self.spec!r}: call train first")
-        self._threads()
         for raw in self._raw("points", points):
-            self._inner.add(self._centred(raw))
+            rows = self._handed(raw)
+            self._inner.add_c(len(rows), self._pointer(rows))
         self._index.ntotal = self._inner.ntotal
         return self
 
@@ -105,7 +114,8 @@ class FaissIndex:
             raise ValueError(f"parameters: expected rows in the index before {parameters!r}")
         on_gpu = any(one.type == "cuda" for one in self.devices)
         space = self._faiss.GpuParameterSpace() if on_gpu else self._faiss.ParameterSpace()
-        space.set_index_parameters(self._index, parameters)
+        with _named("parameters", f"ones of spec {self.spec!r}, as 'nprobe=16'"):
+            space.set_index_parameters(self._index, parameters)
         return self
 
     def search(self, query: Tensor | np.ndarray, k: int = 1) -> Nearest:
@@ -113,9 +123,16 @@ class FaissIndex:
         check.integer("k", k, least=1)
         if k > len(self):
             raise ValueError(f"k: expected at most the {len(self)} rows of the index, got {k}")
-        self._threads()
-        parts = [self._inner.search(self._centred(raw), k) for raw in self._raw("query", query)]
-        distance, index = (torch.from_numpy(np.concatenate(found)) for found in zip(*parts, strict=True))
+        if k > _GPU_MOST and self._home.type == "cuda":
+            raise ValueError(f"k: expected at most {_GPU_MOST} on a GPU, got {k}")
+        parts = []
+        for raw in self._raw("query", query):
+            rows = self._handed(raw)
+            distance = torch.empty(len(rows), k, device=self._home)
+            index = torch.empty(len(rows), k, dtype=torch.int64, device=self._home)
+            self._inner.search_c(len(rows), self._pointer(rows), k, self._pointer(distance), self._pointer(index))
+            parts.append((distance, index))
+        distance, index = (torch.cat(found) for found in zip(*parts, strict=True))
         if (index < 0).any():
             short = int((index < 0).any(1).sum())
             raise ValueError(
@@ -146,7 +163,8 @@ class FaissIndex:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"path: expected a saved index, found no file {os.fspath(path)}")
         loaded = cls(f"loaded from {os.fspath(path)}", device)
-        index = loaded._faiss.read_index(os.fspath(path))
+        with _named("path", "an index that FAISS wrote"):
+            index = loaded._faiss.read_index(os.fspath(path))
         if index.metric_type != loaded._faiss.METRIC_L2:
             raise ValueError(
                 f"path: expected an index in squared L2, FAISS's metric {loaded._faiss.METRIC_L2}, "
@@ -156,17 +174,20 @@ class FaissIndex:
         if isinstance(index, loaded._faiss.IndexPreTransform) and index.chain.size() == 1:
             centring = loaded._faiss.downcast_VectorTransform(index.chain.at(0))
             if isinstance(centring, loaded._faiss.CenteringTransform):
-                loaded._mean, loaded._inner = loaded._faiss.vector_to_array(centring.mean), loaded._index.index
+                loaded._mean = torch.from_numpy(loaded._faiss.vector_to_array(centring.mean))
+                loaded._inner = loaded._index.index
+        loaded._home = loaded._home_of(loaded._inner, loaded.devices[0])
         return loaded
 
-    def _build(self, raw: np.ndarray) -> None:
+    def _build(self, raw: Tensor) -> None:
         faiss, d = self._faiss, raw.shape[1]
-        self._mean = raw.mean(0, dtype=np.float64).astype(np.float32)
-        centring = faiss.CenteringTransform(d)  # what is saved; here _centred does its work
-        faiss.copy_array_to_vector(self._mean, centring.mean)
+        self._mean = raw.mean(0, dtype=torch.float64).float()
+        centring = faiss.CenteringTransform(d)  # what is saved; here _handed does its work
+        faiss.copy_array_to_vector(self._mean.cpu().numpy(), centring.mean)
         centring.is_trained = True
         parts = [self._factory(d, one) for one in self.devices]
         index = parts[0]
+        self._home = self._home_of(index, self.devices[0])
         if len(parts) > 1:
             shards = self.split == "shards"
             index = faiss.IndexShards(d, True, False) if shards else faiss.IndexReplicas(d, True)
@@ -174,25 +195,49 @@ class FaissIndex:
             self._parts = [faiss.IndexIDMap(part) if shards else part for part in parts]  # FAISS keeps bare pointers
             for part in self._parts:
                 index.add_shard(part) if shards else index.add_replica(part)
+            self._home = torch.device("cpu")
         self._inner = index
         self._index = faiss.IndexPreTransform(centring, index)
         self._index.is_trained = index.is_trained
 
     def _factory(self, d: int, device: torch.device) -> Any:
-        return self._place(self._faiss.index_factory(d, self.spec, self._faiss.METRIC_L2), device)
+        with _named("spec", "a FAISS factory string"):
+            index = self._faiss.index_factory(d, self.spec, self._faiss.METRIC_L2)
+        return self._place(index, device)
 
     def _place(self, index: Any, device: torch.device) -> Any:
         if device.type == "cpu":
             return index
-        self._resources.append(self._faiss.StandardGpuResources())
-        return self._faiss.index_cpu_to_gpu(self._resources[-1], device.index or 0, index)
+        resources = self._faiss.StandardGpuResources()
+        self._resources.append((resources, device))
+        try:
+            return self._faiss.index_cpu_to_gpu(resources, device.index or 0, index)
+        except RuntimeError as error:
+            if "not implemented on GPU" not in str(error):
+                raise
+            check.not_built("spec", self.spec, "device='cpu' (FAISS has no such index on a GPU)")
 
-    def _centred(self, raw: np.ndarray) -> np.ndarray:
-        """Float32 rows for the inner index; of float64 points, centred first: far from the origin they differ after."""
-        return np.ascontiguousarray(raw if self._mean is None else raw - self._mean, dtype=np.float32)
+    def _home_of(self, index: Any, device: torch.device) -> torch.device:
+        on_gpu = device.type == "cuda" and isinstance(index, self._faiss.GpuIndex)
+        return torch.device("cuda", device.index or 0) if on_gpu else torch.device("cpu")
 
-    def _raw(self, name: str, points: Tensor | np.ndarray) -> Iterator[np.ndarray]:
-        """Rows that are finite in float32, `block` at a time, float64 where points are, else float32."""
+    def _handed(self, raw: Tensor) -> Tensor:
+        """Float32 rows where the inner index takes them; float64 points are centred first: far from the origin they
+        differ only then."""
+        rows = raw if self._mean is None else raw - self._mean.to(raw.device)
+        # FAISS works in the order of torch's stream: after what has been queued there, before what will be.
+        for resources, device in self._resources:
+            stream = self._faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream(device).cuda_stream)
+            resources.setDefaultStream(device.index or 0, stream)
+        self._faiss.omp_set_num_threads(torch.get_num_threads())
+        return rows.to(self._home, torch.float32).contiguous()
+
+    def _pointer(self, values: Tensor) -> Any:
+        cast = self._faiss.cast_integer_to_float_ptr, self._faiss.cast_integer_to_idx_t_ptr
+        return cast[values.dtype == torch.int64](values.data_ptr())
+
+    def _raw(self, name: str, points: Tensor | np.ndarray) -> Iterator[Tensor]:
+        """Rows that are finite in float32, `block` at a time where they are, float64 where points are, else float32."""
         if isinstance(points, np.ndarray):
             if points.dtype not in (np.float32, np.float64, np.float16) or points.ndim != 2:
                 raise TypeError(
@@ -206,18 +251,23 @@ class FaissIndex:
             raise ValueError(f"{name}: expected shape [at least 1, {width}], got {list(points.shape)}")
         for start in range(0, len(points), self.block):
             part = points[start : start + self.block]
-            if isinstance(part, Tensor):
-                part = part.detach().to(torch.promote_types(part.dtype, torch.float32)).cpu().contiguous().numpy()
-            rows = np.ascontiguousarray(part, dtype=np.promote_types(part.dtype, np.float32))
-            with np.errstate(over="ignore"):  # found here
-                finite = np.isfinite(rows.astype(np.float32, copy=False)).all(1)
+            rows = part.detach() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))  # maps are read-only
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            finite = rows.float().isfinite().all(1)
             if not finite.all():
-                row = start + int(np.flatnonzero(~finite)[0])
+                row = start + int((~finite).nonzero()[0, 0])
                 raise ValueError(f"{name}: expected finite float32 values, got NaN or infinity in row {row}")
             yield rows
 
-    def _threads(self) -> None:
-        self._faiss.omp_set_num_threads(torch.get_num_threads())
+
+@contextlib.contextmanager
+def _named(name: str, expected: str) -> Iterator[None]:
+    """FAISS's RuntimeError as one that names the argument."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = re.sub(r"^Error in .* at \S+:\d+: (Error: '.*?' failed: )?", "", str(error), flags=re.S)
+        raise ValueError(f"{name}: expected {expected}, but FAISS says: {why}") from error
 
 
 def _faiss() -> Any:

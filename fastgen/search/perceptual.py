@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgen import check
 from fastgen.functional.nearest import Nearest, nearest
+from fastgen.search.streaming import merged
 
 Embedding = Callable[[Tensor], Tensor]
 
@@ -27,7 +28,7 @@ def perceptual_nearest(
     Args:
         images: [N, C, H, W], the queries; their embeddings are kept, [N, E].
         generated: [M, C, H, W], or chunks of it from any iterable: of a stream, only k distances and ids a query are
-        kept.
+            kept.
         embed: `nn.PerceptualEmbedding(lpips)`, or anything else that turns [n, C, H, W] into points [n, E] whose
             squared L2 distance is meant.
         k: neighbours for each image, 1 (default) to M.
@@ -44,9 +45,8 @@ def perceptual_nearest(
     Notes: Without a sketch the answer is exact: distances are summed in float64 over the embedding (`F.nearest`), ties
         go to the lowest index, and any chunk gives the same wherever the network gives the same for any batch
         (convolutions round their last bit by batch size). With a sketch the distances are exact too, and each is the
-        nearest of its
-        candidates: the true one is missed where the sketch puts `candidates` others before it. Passes are then
-        N + M for the sketch, N and each chunk of queries' candidates for the rest. Not differentiable.
+        nearest of its candidates: the true one is missed where the sketch puts `candidates` others before it. Passes
+        are then N + M for the sketch, N and each chunk of queries' candidates for the rest. Not differentiable.
 
     Source: Zhang et al. 2018, eq. 1, as a norm; Hoshen, Li & Malik 2019 call the same search by pairs infeasible.
     """
@@ -74,7 +74,7 @@ def perceptual_nearest(
             )
         found = nearest(query, points, min(k, len(points)))
         found = Nearest(found.distance, found.index + first)
-        best = found if best is None else _merged(best, found, k)
+        best = found if best is None else merged(best, found, k)
         first += len(part)
     if first < k:
         raise ValueError(f"k: expected at most the {first} generated images, got {k}")
@@ -90,13 +90,6 @@ def _embedded(name: str, embed: Embedding, images: Tensor, chunk: int) -> Tensor
             raise ValueError(f"{name}: expected {len(part)} points of {len(part)} images, got {list(points.shape)}")
         parts.append(points)
     return torch.cat(parts)
-
-
-def _merged(a: Nearest, b: Nearest, k: int) -> Nearest:
-    """The k least by (distance, index); every index of b is above those of a."""
-    distance = torch.cat([a.distance, b.distance], 1)
-    order = distance.argsort(dim=1, stable=True)[:, :k]
-    return Nearest(distance.gather(1, order), torch.cat([a.index, b.index], 1).gather(1, order))
 
 
 def _by_sketch(

@@ -10,10 +10,14 @@ from fastgen.functional.nearest import Nearest, nearest, nearest_or_none, reject
 _LAST = torch.iinfo(torch.int64).max
 
 
-def smaller(one: Nearest, two: Nearest) -> Nearest:
-    """The lesser (distance, index) of each query: associative and commutative, so that splits and orders agree."""
-    wins = (one.distance < two.distance) | ((one.distance == two.distance) & (one.index < two.index))
-    return Nearest(torch.where(wins, one.distance, two.distance), torch.where(wins, one.index, two.index))
+def merged(one: Nearest, two: Nearest, k: int) -> Nearest:
+    """The k least by (distance, index) of both: associative and commutative, so that splits and orders agree."""
+    if k == 1 and one.index.shape[1] == two.index.shape[1] == 1:
+        wins = (one.distance < two.distance) | ((one.distance == two.distance) & (one.index < two.index))
+        return Nearest(torch.where(wins, one.distance, two.distance), torch.where(wins, one.index, two.index))
+    distance, (index, order) = torch.cat([one.distance, two.distance], 1), torch.cat([one.index, two.index], 1).sort(1)
+    distance, order = distance.gather(1, order).sort(dim=1, stable=True)
+    return Nearest(distance[:, :k], index.gather(1, order)[:, :k])
 
 
 class StreamingNearest:
@@ -148,7 +152,7 @@ class StreamingNearest:
             else:
                 found = nearest_or_none(self._load(rows), chunk, self._radius)
             found = Nearest(found.distance, torch.where(found.distance.isinf(), _LAST, found.index + start))
-            best.append((rows, smaller(Nearest(self._best.distance[rows], self._best.index[rows]), found)))
+            best.append((rows, merged(Nearest(self._best.distance[rows], self._best.index[rows]), found, 1)))
         for rows, one in best:
             self._best.distance[rows], self._best.index[rows] = one
         self._rows += len(chunk)

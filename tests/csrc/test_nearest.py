@@ -106,6 +106,31 @@ def test_radius(oracle, search, dtype, k):
         )
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("apart", [0, 40], ids=["together", "later"])
+def test_a_rejected_row_sets_no_limit(oracle, search, k, apart):
+    """As above the keys of `best` err by nearly all of the bound E, and the others' by nothing. `best`
+    lies 0.1 E beyond the radius, so its key lies above all that may be rejected; `others` lie 0.4 E farther, with keys
+    below. A limit drawn from the rejected row's key would drop `best` and leave them."""
+    d, steps, unit = 16, 32700, 2.0**-10
+    query = torch.full((30, d), 0.49)  # rounds to zero
+    error = 4 * 0.49 * steps
+    best, flat = torch.full((1, d), 8175.0), torch.tensor([1.0, -1]).repeat(d // 2)[None]
+    # 1 less in each of j coordinates takes 8175 from ‖b‖²/2, an eighth of the bound.
+    others = 8175 * flat - flat * (torch.arange(d) < torch.tensor([[5], [4], [3]]))
+    rejected = (0.9 * 8175 * flat).round()
+    filler = torch.cat([steps * torch.eye(d)[:1], -steps * torch.eye(d)[:1]]).repeat(max(apart, 4) // 2, 1)
+    database = torch.cat([rejected, filler, best, others])
+    database = torch.cat([database, -database])  # the mean is zero: everything lies on the grid
+    query, database = unit * query, unit * database
+    row = len(rejected) + len(filler)
+    radius = ((query[0] - database[row]).double().square().sum() - 0.2 * error * unit**2).sqrt().item()
+    distance, expected = oracle.nearest(query, database, 2, None, radius)
+    assert (expected[:, 0] == row).all()
+    assert torch.allclose((distance[:, 1] - distance[:, 0]) / unit**2 / 2 / error, torch.tensor(0.36), atol=0.01)
+    assert torch.equal(search(query, database, k, None, radius), expected[:, :k])
+
+
 def test_radius_with_masks(oracle, search):
     query = torch.randn(50, 3)
     for mask in (torch.rand(400) > 0.4, torch.rand(50, 400) > 0.6):

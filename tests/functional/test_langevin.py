@@ -58,6 +58,32 @@ def test_tensors_for_each_chain(oracle: ModuleType) -> None:
     assert np.abs(F.langevin_step_(start, grad, step_size=h, seed=1).double().numpy() - by_default).max() < 3e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_tensors_of_one_number(dtype: torch.dtype) -> None:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    h, s = torch.tensor(0.1, dtype=compute), torch.tensor(0.3, dtype=compute)
+    x, grad = draw(3, 7, dtype=dtype)
+    for given in ({"noise_scale": s}, {"noise_scale": 0.3}, {}):
+        expected = F.langevin_step_(
+            x.clone(), grad, seed=1, step_size=float(h), **{k: float(v) for k, v in given.items()}
+        )
+        assert torch.equal(F.langevin_step_(x.clone(), grad, seed=1, step_size=h, **given), expected)
+    mixed = F.langevin_step_(x.clone(), grad, seed=1, step_size=h.expand(3), noise_scale=s)
+    assert torch.equal(mixed, F.langevin_step_(x.clone(), grad, seed=1, step_size=h, noise_scale=s))
+    with pytest.raises(TypeError, match="noise_scale: expected float"):
+        F.langevin_step_(x, grad, seed=1, step_size=h, noise_scale=torch.tensor(1))
+    with pytest.raises(ValueError, match="step_size: expected the device of x, cpu, got meta"):
+        F.langevin_step_(x, grad, seed=1, step_size=h.to("meta"))
+
+
+def test_the_noise_of_tensors_is_the_nearest_root() -> None:
+    """torch's own float32 root need not be: s = √(2η) must have one value on every device."""
+    h = torch.rand(5000) + 2.0**-20
+    found = F.langevin_step_(torch.zeros(5000, 1), torch.zeros(5000, 1), step_size=h, seed=1)
+    exact = np.sqrt(2 * h.double().numpy()).astype(np.float32)
+    assert torch.equal(found, torch.from_numpy(exact)[:, None] * F.langevin_noise((5000, 1), seed=1))
+
+
 def test_lookahead_is_a_step_without_noise_from_the_old_state() -> None:
     x, grad = draw(5, 33)
     start, out = x.clone(), torch.empty_like(x)

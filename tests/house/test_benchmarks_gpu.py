@@ -129,10 +129,10 @@ def test_the_search_takes_the_fastest_that_works(gpu: ModuleType) -> None:
 
 
 def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgen.kernels import launch, tuned
+    from fastgen.kernels import launch, mmd_launch, tuned
 
     known = gpu.searches()
-    own = launch.mmd_blocks("grad", 64)
+    own = mmd_launch.blocks("grad", 64)
     stage = gpu.Stage("tune", tmp_path / "a.json", about())
     best = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 3}
     stage.record("mmd_grad D=64", {"best": best})
@@ -144,15 +144,15 @@ def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monk
     monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "A GPU")
     tuned._table.cache_clear()
     try:
-        assert launch.mmd_blocks("grad", 64) == {"BLOCK_M": launch.MMD_ROWS, **best}
-        assert launch.mmd_blocks("value", 64)["num_stages"] == own["num_stages"]
+        assert mmd_launch.blocks("grad", 64) == {"BLOCK_M": mmd_launch.ROWS, **best}
+        assert mmd_launch.blocks("value", 64)["num_stages"] == own["num_stages"]
         assert launch.langevin(4 * 512) == (128, True)
         with tuned.forced("mmd_grad", "D=64", {"BLOCK_N": 128}):
-            assert launch.mmd_blocks("grad", 64)["BLOCK_N"] == 128
+            assert mmd_launch.blocks("grad", 64)["BLOCK_N"] == 128
         table = json.loads((tuned.FOLDER / "a-gpu.json").read_text())["configurations"]
         assert set(table) == {"mmd_grad", "langevin"}  # what is the table's own already is left out
         monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "another")
-        assert launch.mmd_blocks("grad", 64) == own
+        assert mmd_launch.blocks("grad", 64) == own
     finally:
         tuned._table.cache_clear()
 

@@ -10,49 +10,107 @@ from typing import Any
 
 import pytest
 import torch
-from fastgen.kernels import launch
+from fastgen.kernels import mmd_launch
+from torch import Tensor
 
-from fastgen.ops.mmd import inverse_pairs
+from fastgen.ops.mmd import coefficients, inverse_pairs
 
 KERNELS = {
     "imq_pairs": ("imq", [s * 9.0 for s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)]),
     "imq": ("imq", [0.9, 3.0, 20.0]),
     "rbf": ("rbf", [0.01, 0.1, 1.0]),
     "rational_quadratic": ("rational_quadratic", [2.0, 0.2, 1.0, 5.0]),
+    "laplacian": ("laplacian", [0.2, 1.0]),
+    "energy": ("energy", []),
+    "polynomial": ("polynomial", [3.0, 0.1, 1.0]),
+    "linear": ("polynomial", [1.0, 0.3, 0.0]),
 }
+TERMS = (mmd_launch.XX, mmd_launch.YY, mmd_launch.XY)
 
 
-def run(x: torch.Tensor, y: torch.Tensor, name: str, estimator: str, sides: int) -> tuple[torch.Tensor, ...]:
+def run(x: Tensor, y: Tensor, name: str, estimator: str, sides: int, **more: Any) -> tuple[Tensor, ...]:
     kind, parameters = KERNELS[name]
     pairs = inverse_pairs(parameters) if kind == "imq" else None
     assert (pairs is not None) == (name == "imq_pairs")
-    return launch.mmd(x, y, kind, parameters, pairs, estimator, "ieee", sides)
+    return mmd_launch.mmd(x, y, sides, "ieee", pairs, kind, parameters, estimator, **more)
+
+
+def holds(got: tuple[Tensor, ...], want: tuple[Tensor, ...], parameters: list[float]) -> None:
+    assert [g.dtype for g in got] == [torch.float32] * len(got)
+    size = max(len(parameters), 1) + want[0].abs().max()
+    assert (got[0].double() - want[0]).abs().max() <= 4e-7 * size
+    for g, w in zip(got[1:], want[1:], strict=False):
+        assert (g.double() - w).norm() <= 5e-6 * w.norm()
 
 
 # (N, M, D): less than a tile, one tile and one more, two tiles of X, D below the least and no power of two
 @pytest.mark.parametrize(("n", "m", "d"), [(5, 3, 1), (128, 129, 16), (140, 130, 33)])
-@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_against_the_oracle(name: str, estimator: str, n: int, m: int, d: int, oracle: ModuleType) -> None:
+def test_against_the_oracle(name: str, n: int, m: int, d: int, oracle: ModuleType) -> None:
     kind, parameters = KERNELS[name]
-    x, y = torch.randn(n, d), torch.randn(n if estimator == "u_statistic" else m, d) * 1.2 + 0.3
-    value, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), estimator)
-    for sides in (0, 1, 2):
-        got = run(x, y, name, estimator, sides)
-        assert [g.dtype for g in got] == [torch.float32] * (sides + 1)
-        assert abs(float(got[0]) - float(value)) <= 4e-7 * len(parameters), sides
-        for g, want in zip(got[1:], (gx, gy), strict=False):
-            assert (g.double() - want).norm() <= 5e-6 * want.norm(), sides
+    # Every estimator on the small shape, each of the others on one of the large.
+    estimators = {1: ("unbiased", "biased", "u_statistic"), 16: ("biased",), 33: ("unbiased", "u_statistic")}[d]
+    for estimator in estimators:
+        x, y = torch.randn(n, d), torch.randn(n if estimator == "u_statistic" else m, d) * 1.2 + 0.3
+        want = oracle.mmd(x, y, kind, tuple(parameters), estimator)
+        for sides in (0, 1, 2) if estimator != "u_statistic" or d == 1 else (2,):
+            got = run(x, y, name, estimator, sides)
+            assert len(got) == sides + 1
+            holds(got, want, parameters)
 
 
-def test_batches_and_dtypes(oracle: ModuleType) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights(name: str, oracle: ModuleType) -> None:
+    """Those of `F.mmd` sum to one, and the coefficients are of what is left of them."""
+    kind, parameters = KERNELS[name]
+    x, y = torch.randn(2, 21, 3), torch.randn(2, 30, 3) * 1.2
+    p = torch.rand(21, dtype=torch.float64)  # the same for each of a batch
+    q = torch.rand(2, 30, dtype=torch.float64)
+    q[..., 3] = 0
+    p, q = p / p.sum(), q / q.sum(-1, keepdim=True)
+    want = oracle.mmd(x, y, kind, tuple(parameters), "biased", p, q)
+    more = {"x_weight": p.float(), "y_weight": q.float(), "coefficients": torch.ones(3, dtype=torch.float64)}
+    for sides in (1, 2):
+        holds(run(x, y, name, "biased", sides, **more), want, parameters)
+    want = oracle.mmd(x, y, kind, tuple(parameters), "biased", None, q)
+    more = {"y_weight": q.float(), "coefficients": torch.tensor([1 / 21**2, 1, 1 / 21], dtype=torch.float64)}
+    holds(run(x[0], y[0], name, "biased", 0, **{**more, "y_weight": q[0].float()}), (want[0][0],), parameters)
+
+
+@pytest.mark.parametrize("name", ["imq_pairs", "energy", "polynomial"])
+def test_terms_and_coefficients(name: str, oracle: ModuleType) -> None:
+    """Each of the three sums alone, times a coefficient that is given; together they are the whole."""
+    kind, parameters = KERNELS[name]
+    n, m = 20, 15
+    x, y = torch.randn(n, 3), torch.randn(m, 3) + 0.5
+    a = torch.tensor([0.007, 0.002, 0.004], dtype=torch.float64)
+    for estimator, sides in (("unbiased", 0), ("biased", 1), ("unbiased", 2)):
+        own = torch.tensor(coefficients(n, m, estimator), dtype=torch.float64)
+        whole = run(x, y, name, estimator, sides)
+        parts = [run(x, y, name, estimator, sides, terms=t) for t in TERMS]
+        for g, w in zip(whole, zip(*parts, strict=True), strict=True):
+            assert (g - sum(w)).norm() <= 2e-6 * sum(part.norm() for part in w)
+        scaled = run(x, y, name, estimator, sides, coefficients=a)
+        for g, w in zip(scaled, zip(*parts, strict=True), strict=True):
+            w = [part * float(f) for part, f in zip(w, a / own, strict=True)]
+            assert (g - sum(w)).norm() <= 2e-6 * sum(part.norm() for part in w)
+    b, c = x.double().requires_grad_(), y.double().requires_grad_()
+    between = (oracle.kernel_matrix(b, c, kind, parameters) * (-2 / (n * m))).sum()
+    want = (between.detach(), *torch.autograd.grad(between, (b, c)))
+    holds(run(x, y, name, "unbiased", 2, terms=mmd_launch.XY), want, parameters)
+
+
+def test_batches_and_dtypes(oracle: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(3, 20, 6).bfloat16(), torch.randn(3, 33, 6).bfloat16()
-    value, gx, gy = oracle.mmd(x, y, *KERNELS["imq_pairs"], "unbiased")
-    got = run(x.mT.contiguous().mT, y, "imq_pairs", "unbiased", 2)
-    assert got[0].shape == (3,)
-    assert (got[0] - value).abs().max() < 1e-6
-    for g, want in zip(got[1:], (gx, gy), strict=True):
-        assert (g.double() - want).norm() <= 5e-6 * want.norm()
+    want = oracle.mmd(x, y, *KERNELS["imq_pairs"], "unbiased")
+    whole = run(x.mT.contiguous().mT, y, "imq_pairs", "unbiased", 2)
+    assert whole[0].shape == (3,)
+    holds(whole, want, KERNELS["imq_pairs"][1])
+    monkeypatch.setattr(mmd_launch, "LARGEST_BATCH", 2)  # one too many for a launch
+    for a, b in zip(whole, run(x, y, "imq_pairs", "unbiased", 2), strict=True):
+        assert torch.equal(a, b)
+    x, y = x.half(), y.half()
+    holds(run(x, y, "energy", "unbiased", 2), oracle.mmd(x, y, "energy", (), "unbiased"), [])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -65,17 +123,40 @@ def test_non_finite_points_give_nan(name: str, bad: float) -> None:
             assert run(*pair, name, "unbiased", 0)[0].isnan(), (where, row)
             value, gx = run(*pair, name, "unbiased", 1)
             assert value.isnan()
+            # A linear kernel's gradient in x is made of sums of x: there it is one of them that must tell.
             assert gx.isnan().any()
 
 
 def test_points_out_of_reach_vanish() -> None:
     x, y = torch.randn(10, 2), torch.randn(12, 2) + 1e12
-    for name in KERNELS:
+    for name in ("imq_pairs", "imq", "rbf", "rational_quadratic", "laplacian"):
         within_x = run(x, x[:2], name, "unbiased", 0)[0]
         assert within_x.isfinite()
         value, gx = run(x, y, name, "unbiased", 1)
         assert value.isfinite()
         assert gx.isfinite().all()
+    for name in ("energy", "polynomial"):  # which do not: what overflows is no number
+        assert run(x, y * 1e8, name, "unbiased", 0)[0].isnan()
+
+
+def test_close_pairs_keep_their_distance(oracle: ModuleType) -> None:
+    """Clusters far from the centre: expanded, their distances would be rounding alone; equal points pull nowhere."""
+    centre = torch.randn(4, 20) * 3
+    x = (centre[:, None] + 1e-3 * torch.randn(4, 10, 20)).flatten(0, 1)
+    y = (centre[:, None] + 1e-3 * torch.randn(4, 8, 20)).flatten(0, 1)
+    y[:5] = x[:5]
+    for name in ("laplacian", "energy"):
+        kind, parameters = KERNELS[name]
+        x64, y64 = x.double(), y.double()
+        value, gx, _ = oracle.mmd(x64, y64, kind, tuple(parameters), "unbiased")
+        got = run(x, y, name, "unbiased", 1)
+        assert abs(float(got[0]) - float(value)) <= 2e-6 * abs(float(value)) + 1e-6
+        assert (got[1].double() - gx).norm() <= 2e-3 * gx.norm()
+    same = torch.zeros(2, 3)
+    value, gx, gy = run(same, same, "energy", "biased", 2)
+    assert float(value) == 0
+    assert not gx.any()
+    assert not gy.any()
 
 
 def test_the_same_bits_every_time() -> None:
@@ -85,13 +166,17 @@ def test_the_same_bits_every_time() -> None:
 
 
 def test_the_launch_table_keeps_tiles_whole() -> None:
-    for dp in (16, 32, 64, 128):
-        for kernel in ("grad", "value"):
-            blocks = launch.mmd_blocks(kernel, dp)
-            assert blocks["BLOCK_M"] == launch.MMD_ROWS
-            assert launch.MMD_ROWS % blocks["BLOCK_N"] == 0
-    fits = [launch.mmd_fits(torch.empty(2, d, dtype=t)) for d in (128, 129) for t in (torch.float32, torch.float64)]
-    assert fits == [True, False, False, False]
+    for dp in (16, 32, 64, 128, 256, 4096):
+        for kernel in ("grad", "value", "slope", "pull"):
+            for kind in ("imq", "rational_quadratic"):
+                blocks = mmd_launch.blocks(kernel, dp, kind, "bf16x6")
+                assert blocks["BLOCK_M"] == mmd_launch.ROWS
+                assert (dp if kernel == "pull" else mmd_launch.ROWS) % blocks["BLOCK_N"] == 0
+    single, double = torch.empty(2, 4096), torch.empty(2, 3, dtype=torch.float64)
+    fits = mmd_launch.fits
+    assert [fits(single, "rbf", [1.0]), fits(double, "rbf", [1.0]), fits(single, "energy", [])] == [True, False, True]
+    assert [fits(single, k, p, second=True) for k, p in (("rbf", [1.0]), ("laplacian", [1.0]))] == [True, False]
+    assert [fits(single, "polynomial", [p, 1.0, 1.0]) for p in (16.0, 17.0)] == [True, False]
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +193,17 @@ def compiled() -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_compiles_for_every_target(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert set(compiled) == {(kernel, target) for kernel in ("grad", "value", "pack") for target in targets}
+    kernels = ("grad", "value", "pack", "slope", "pull")
+    assert set(compiled) == {(kernel, target) for kernel in kernels for target in targets}
+    for (kernel, target), row in compiled.items():
+        assert row["shared"] <= (64 if target == "gfx942" else 163) * 1024, (kernel, target)
 
 
-@pytest.mark.parametrize(("kernel", "columns", "products"), [("grad", 32, 2), ("value", 64, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "columns", "products"),
+    # Three bf16 products of 16 coordinates an instruction, of 16 columns for the gradient; slabs go 64 at a time.
+    [("grad", 32, 3 * 64 // 16 + 3 * 32 // 16), ("value", 64, 3 * 64 // 16), ("slope", 64, 3 * 64 // 16)],
+)
 def test_machine_code_on_sm_90(
     compiled: dict[tuple[str, str], dict[str, Any]], kernel: str, columns: int, products: int
 ) -> None:
@@ -119,11 +211,18 @@ def test_machine_code_on_sm_90(
     opcodes = row["opcodes"]
     assert row["stack"] == 0
     assert row["shared"] <= 227 * 1024
-    # Three bf16 products of 16 coordinates, or of 16 columns, an instruction.
-    assert opcodes["HGMMA"] == 3 * (64 // 16) + (3 * (columns // 16) if products == 2 else 0)
+    assert opcodes["HGMMA"] == products
     pairs = 128 * columns // 256  # of one thread in one step
     # Two reciprocals a pair; the estimator's few float64 divisions stand outside the loop.
     assert 2 * pairs <= opcodes["MUFU"] <= 2 * pairs + 6
-    assert sum(opcodes[name] for name in ("FFMA", "FMUL", "FADD")) <= 45 * pairs
+    if kernel != "slope":  # which splits its own rows too
+        assert sum(opcodes[name] for name in ("FFMA", "FMUL", "FADD")) <= 45 * pairs
     assert "ATOM" not in opcodes
     assert "RED" not in opcodes
+
+
+def test_the_slabs_product_on_sm_90(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
+    row = compiled["pull", "sm_90"]
+    assert row["stack"] == 0
+    assert row["opcodes"]["HGMMA"] == 3 * (32 // 16)
+    assert "MUFU" not in row["opcodes"]

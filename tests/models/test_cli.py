@@ -132,6 +132,7 @@ def test_config_file(tmp_path: Path) -> None:
         (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--layers", "[block99]"], "block99"),
         (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--trunk", "resnet"], "resnet"),
         (["train", "glann", "--data", "digits", "--out", "{tmp}/new", "--trunk", "vgg16"], "vgg16-397923af.pth"),
+        (["train", "glann", "--out", "{tmp}/new", "--resume"], "holds no run yet"),
         (["train", "glann", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["sample", "{tmp}/none", "--out", "{tmp}/a.png"], "holds no run"),
         (["sample", "{run}", "--out", "{tmp}/a.gif"], "expected a .png or .npy"),
@@ -178,6 +179,13 @@ def test_info_names_a_kernel_for_each_family(capsys: pytest.CaptureFixture[str])
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "evaluate RUN" in capsys.readouterr().out
+    assert main(["info", "--help"]) == 0
+    assert "usage: fastgen info" in capsys.readouterr().out
+    for command, name in (("train", "wae-mmd"), ("compare", "frame")):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"  {name}\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["train", "glann", "--help"])
     assert stop.value.code == 0

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from fastgen import data
 from fastgen.check import UserError
 from fastgen.models.glann import GLANN
 from fastgen.models.glo import initial_latents
 from fastgen.models.imle import LatentIMLE
-from fastgen.models.run import EpochBatches, Run
+from fastgen.models.imle_pool import codes
+from fastgen.models.run import EpochBatches, Run, row_loader
 
 SMALL: dict[str, Any] = {
     "latent_dim": 6,
@@ -29,6 +30,7 @@ SMALL: dict[str, Any] = {
     "imle_epochs": 3,
     "imle_batch": 16,
     "pool": 2,
+    "checkpoint_every": 2,
 }
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -96,8 +98,8 @@ from fastgen import data
 from fastgen.models.glann import GLANN
 
 class Kill(Callback):
-    def on_train_batch_end(self, trainer, module, *rest):
-        if type(module).__name__ == "LatentIMLE" and trainer.current_epoch == 1:
+    def on_train_batch_start(self, trainer, module, batch, batch_number):
+        if (type(module).__name__, trainer.current_epoch, batch_number) == {when!r}:
             os.kill(os.getpid(), signal.SIGKILL)
 
 digits = data.load("digits")
@@ -106,15 +108,24 @@ GLANN(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "callbacks": [Kil
 """
 
 
-def test_resume_after_kill_9(images: data.Images, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [("GLO", 1, 3), ("LatentIMLE", 1, 0), ("LatentIMLE", 2, 3)])
+def test_resume_after_kill_9(images: data.Images, whole: Path, tmp_path: Path, when: tuple[str, int, int]) -> None:
+    """At an epoch's start and in its middle, two steps after the last checkpoint."""
     out = tmp_path / "run"
     root = str(Path(__file__).resolve().parents[2])
-    code = KILLED.format(root=root, small=SMALL, out=str(out), quiet=QUIET)
+    code = KILLED.format(root=root, small=SMALL, out=str(out), quiet=QUIET, when=when)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == -signal.SIGKILL, done.stderr
+    stage = when[0].removeprefix("Latent").lower()
+    last = torch.load(out / stage / "last.ckpt", weights_only=True)
+    assert float(last["loss_sum"][1]) == (32 if when[2] else 0)  # rows of the epoch that was broken off
     GLANN(**SMALL).fit(images, out, resume=True, trainer=QUIET)
     for name, value in states(whole).items():
         assert torch.equal(value, states(out)[name]), name
+    # The epoch's mean loss takes in the steps before the kill.
+    from fastgen.report import _curve
+
+    assert _curve(out / "logs" / stage) == _curve(whole / "logs" / stage)
 
 
 def test_load_and_sample_are_deterministic(images: data.Images, whole: Path) -> None:
@@ -219,22 +230,33 @@ def test_latents_beyond_the_rank_are_finite_and_on_the_sphere(latent_dim: int) -
         torch.testing.assert_close(latent.norm(dim=1), torch.ones(20))
 
 
-def test_imle_takes_the_nearest_of_its_pool() -> None:
-    latent = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
-    module = LatentIMLE(latent, noise_dim=3, hidden=8, layers=1, pool=5, lr=1e-3, seed=0)
-    module.log = lambda *a, **k: None  # type: ignore[method-assign,assignment]
-    module._trainer = None
-    type(module).current_epoch = property(lambda self: 4)  # type: ignore[assignment,method-assign]
-    try:
-        module.on_train_epoch_start()
-    finally:
-        del type(module).current_epoch
-    chosen = module.mapper.eval()(module._held["noise"])
-    from fastgen.models.run import generator
+class Peek(Callback):
+    """Checks at each search that the winners are the nearest of a pool made all at once, numbered on from the last."""
 
-    noise = torch.randn(40, 3, generator=generator(0, 4, 1))
-    best = torch.cdist(latent, module.mapper(noise)).amin(1)
-    torch.testing.assert_close((latent - chosen).norm(dim=1), best, atol=1e-5, rtol=1e-5)
+    searches = 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_number: int) -> None:
+        if batch_number:
+            return
+        latent, chosen = module._held["latent"], module.chosen
+        ids = torch.arange(40) + 40 * trainer.current_epoch
+        noise = torch.cat([codes(i[None], 3, 2 * module.seed) for i in ids])
+        with torch.no_grad():
+            made = module.mapper.eval()(noise)
+            module.mapper.train()
+        assert torch.equal(chosen, ids[torch.cdist(latent, made).argmin(1)])
+        assert torch.equal(module.noise(chosen), noise[chosen - ids[0]])
+        self.searches += 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_imle_takes_the_nearest_of_its_pool(chunk: int) -> None:
+    latent = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+    module = LatentIMLE(latent, noise_dim=3, hidden=8, layers=1, pool=5, chunk=chunk, lr=1e-3, seed=7)
+    peek = Peek()
+    quiet = {**QUIET, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    Trainer(max_epochs=3, callbacks=[peek], **quiet).fit(module, row_loader(8, 4, 0))
+    assert peek.searches == 3
 
 
 def test_batches_depend_on_seed_and_epoch_alone() -> None:

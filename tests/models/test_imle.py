@@ -260,7 +260,7 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 digits = data.load("digits")
-images = data.Images("digits", digits.train[:64], digits.test[:16])
+images = data.Images("digits", digits.train[:64], digits.test[:16], digits.train_label[:64], digits.test_label[:16])
 model_class({name!r})(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "callbacks": [Kill()]}})
 """
 

@@ -108,7 +108,7 @@ def test_evaluation_without_labels_says_so(tmp_path: object) -> None:
 
     images = Images("x.npy", torch.rand(10, 1, 8, 8), torch.rand(4, 1, 8, 8))
     with pytest.raises(UserError, match=r"needs labels, x\.npy has none"):
-        evaluate(None, None, images, name="glann")  # type: ignore[arg-type]
+        evaluate(None, None, images, Gaussian(images.train, 1), name="glann")  # type: ignore[arg-type]
 
 
 def test_manifold_of_ties_and_far_from_the_origin() -> None:

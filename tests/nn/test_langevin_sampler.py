@@ -77,6 +77,24 @@ def test_schedules(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ula", "mala"])
+def test_scales_as_tensors(method: str) -> None:
+    """One number, or one for each chain; nothing else changes."""
+    start, energy = torch.randn(6, 3, 4), network()
+
+    def chain(step_size: Any, noise_scale: Any = None) -> Tensor:
+        sampler = LangevinSampler(energy, step_size=step_size, noise_scale=noise_scale, n_steps=4, method=method)
+        return sampler(start, seed=3)
+
+    expected = chain(0.25)
+    assert torch.equal(chain(torch.tensor(0.25)), expected)
+    assert torch.equal(chain(torch.full((6,), 0.25)), expected)
+    assert torch.equal(chain(torch.tensor(0.25), 0.5), chain(0.25, torch.full((6,), 0.5)))
+    each = chain(torch.tensor([0.25] * 3 + [0.5] * 3), torch.tensor(0.5))
+    assert torch.equal(each[:3], chain(0.25, 0.5)[:3])
+    assert torch.equal(each[3:], chain(0.5, 0.5)[3:])
+
+
+@pytest.mark.parametrize("method", ["ula", "mala"])
 def test_chains_persist_and_split(method: str) -> None:
     sampler = LangevinSampler(quadratic, step_size=0.3, n_steps=8, method=method)
     whole = LangevinSampler(quadratic, step_size=0.3, n_steps=16, method=method)
@@ -247,7 +265,8 @@ def test_a_start_that_is_not_finite_is_named() -> None:
         ({"step_size": [0.1, 0.0, 0.1]}, ValueError, "step_size[1]: expected a finite number > 0.0, got 0.0"),
         ({"step_size": [0.1, 0.1]}, ValueError, "step_size: expected one number for each of 3 steps, got 2"),
         ({"step_size": lambda k: torch.tensor(0.1)}, TypeError, "step_size[0]: expected a number, got float32 []"),
-        ({"step_size": torch.tensor([0.1, -0.2])}, ValueError, "step_size: expected finite numbers > 0, got -0.2"),
+        ({"step_size": torch.tensor([1, -0.5])}, ValueError, "step_size: expected finite numbers > 0, got -0.5 for"),
+        ({"noise_scale": torch.tensor(-0.5)}, ValueError, "noise_scale: expected finite numbers >= 0, got -0.5"),
         ({"step_size": 10**400}, ValueError, "step_size: expected a number finite in float64, got an integer of 1329"),
         ({"noise_scale": -0.1}, ValueError, "noise_scale: expected a finite number >= 0.0, got -0.1"),
         ({"noise_scale": lambda k: 0.1 - k}, ValueError, "noise_scale[1]: expected a finite number >= 0.0, got -0.9"),

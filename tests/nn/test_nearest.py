@@ -151,25 +151,33 @@ APART = """
 import sys, torch, torch.distributed as dist
 from fastgen import nn
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=2)
-layer = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=0.85)
-layer.load_state_dict(torch.load({out!r} + "/start.pt"))
-for x in torch.load({out!r} + "/x.pt")[:, {rank}]:
-    layer(x)
-torch.save(layer.state_dict(), {out!r} + "/{rank}.pt")
+dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=3)
+pair = dist.new_group([1, 2])
+try:
+    nn.VectorQuantizer(3, 6, group=pair)(torch.randn(4, 3)) if {rank} == 0 else None
+    assert {rank}
+except RuntimeError as error:
+    assert "group: expected a group that this process is in" in str(error), error
+start, x = torch.load(f"{out}/problem.pt")
+for name, group in (("all", None), ("pair", pair)):
+    layer = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5, group=group)
+    layer.load_state_dict(start)
+    for batch in x if group is None or {rank} else ():
+        layer(batch[{rank}])
+    torch.save(layer.state_dict(), f"{out}/{{name}}{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_average_together(tmp_path: Path) -> None:
-    """As one process with both batches, and dead entries replaced by the same vectors on both."""
-    layer = nn.VectorQuantizer(3, 6)
-    torch.save({**layer.state_dict()}, tmp_path / "start.pt")
-    x = torch.randn(3, 2, 20, 3)
-    torch.save(x, tmp_path / "x.pt")
+def test_processes_average_together(tmp_path: Path) -> None:
+    """As one process with all batches, of which some are empty; dead entries become the same vectors, whose batch
+    ever it is. A group of two of three leaves the third out."""
+    start = nn.VectorQuantizer(3, 6).state_dict()
+    x = [[torch.randn(n, 3) for n in sizes] for sizes in ((20, 30, 10), (0, 7, 0), (9, 0, 5), (0, 0, 0), (4, 0, 1))]
+    torch.save((start, x), tmp_path / "problem.pt")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastgen.nn"])
-    code = [APART.format(out=str(tmp_path), rank=rank) for rank in (0, 1)]
+    code = [APART.format(out=str(tmp_path), rank=rank) for rank in range(3)]
     children = [context.Process(target=exec, args=(c, {"__name__": "child"})) for c in code]
     for child in children:
         child.start()
@@ -177,16 +185,23 @@ def test_two_processes_average_together(tmp_path: Path) -> None:
         child.join(100)
         child.kill()
         assert child.exitcode == 0
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=0.85)
-    alone.load_state_dict(torch.load(tmp_path / "start.pt"))
-    alone(x[0].flatten(0, 1))
-    assert (alone.cluster_size > 0.85).all()  # none is dead in this step, so that the two can be compared
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
-    for step in x[1:]:
-        alone(step.flatten(0, 1))
-    torch.testing.assert_close(one["cluster_size"], alone.cluster_size)
+    for name, ranks in (("all", (0, 1, 2)), ("pair", (1, 2))):
+        alone = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5)
+        alone.load_state_dict(start)
+        revived = 0
+        for batches in x:
+            alone(torch.cat([batches[rank] for rank in ranks]))
+            revived += int((alone.cluster_size == 1.5).sum())
+        assert revived > 5
+        states = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in ranks]
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(states[0][key], value, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(state[key], states[0][key]) for state in states), key
+
+
+def test_averaging_together_needs_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match=r"sync_codebook: expected torch\.distributed to be initialised"):
+        nn.VectorQuantizer(3, 4, sync_codebook=True)(torch.randn(5, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """PerceptualLoss: the number, cached targets, other people's networks, what it refuses."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,19 @@ def test_pad_to(lite0):
     frame = nn.ZeroPad2d(2)
     torch.testing.assert_close(padded(x, y), plain(frame(x), frame(y)), rtol=0, atol=0)
     assert torch.equal(padded(frame(x), frame(y)), padded(x, y))
+    target = padded.target(y)
+    assert torch.equal(padded(x, target), padded(x, y))
+    with pytest.raises(
+        ValueError, match=r"target: expected features of images of \[32, 32\] pixels, got some of \[28, 28"
+    ):
+        padded(frame(x), target)
+    with pytest.raises(ValueError, match=r"target: expected features of images of \[27, 28\] pixels"):
+        plain(x[:, :, 1:], plain.target(y))  # whose maps are of the same size
+    with pytest.raises(ValueError, match="parts: expected features of images of one size"):
+        Features.cat([target, padded.target(frame(y))])
+    stored = pickle.loads(pickle.dumps(target[:1]))
+    assert stored.size == (28, 28)
+    assert torch.equal(padded(x[:1], stored), padded(x[:1], target[:1]))
 
 
 class Net(nn.Module):
@@ -275,6 +290,7 @@ def test_glann_is_the_official_loss(oracle, side, channels, levels):
 def test_glann_taps_to_the_bit():
     """Modules 2, 7, 12 and 21 of torchvision's features: the last before its ReLU, the others behind it."""
     features, state = random_vgg()
+    features.requires_grad_(False)
     loss, x = GLANNLoss(state), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         z, want = 2 * x - 1, []

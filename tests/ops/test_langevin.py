@@ -68,6 +68,89 @@ def test_against_float64(oracle: ModuleType, kernel: str, shape: tuple[int, ...]
         assert np.abs(x.double().numpy() - expected).max() < tolerance * 3
 
 
+KERNELS = ("cpp", "triton", "reference")  # on a CPU Triton's is interpreted
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_extremes_of_the_key(oracle: ModuleType, kernel: str) -> None:
+    """Chain ids of 64 bits whatever their sign, seeds of 64, steps modulo 2²⁸."""
+    ids = torch.tensor([-1, -(2**63), 0, 2**32 - 1, 2**32, 2**32 + 5, 2**63 - 1])
+    for seed, step in ((2**64 - 1, 2**33 + 7), (2**32, -1), (2**63, 2**28)):
+        expected = oracle.normals(21, [int(i) % 2**64 for i in ids], seed, step % 2**28)
+        exact = reference.normals(21, ids, seed, step)
+        assert np.abs(exact.double().numpy() - expected).max() < 3e-6
+        for tensors, numbers in (
+            ((None, None), (seed, step)),
+            ((torch.tensor(signed(seed)), torch.tensor(step)), (0, 0)),
+        ):
+            found = torch.full((7, 21), float("nan"))
+            with backend.force(kernel):
+                NOISE(found, ids, *tensors, *map(signed, numbers))
+            assert torch.equal(found, exact)
+
+
+def signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("noise_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_options_at_once(oracle: ModuleType, kernel: str, noise_first: bool, dtype: torch.dtype) -> None:
+    """Against float64, and to the bit against the reference."""
+    if kernel == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates to bfloat16 where the hardware rounds")
+    compute = ops.compute_dtype(dtype)
+    for shape in ((1, 1), (5, 3, 3, 7), (3, 2, 5, 120)):
+        given = [torch.randn(shape).to(dtype) for _ in range(2)]
+        if len(shape) == 4:
+            given = [t.to(memory_format=torch.channels_last) for t in given]
+        chains = shape[0]
+        ids, scales = torch.arange(chains) * 2**33 - 2**34, torch.rand(chains, 2, dtype=compute) + 0.1
+        runs = []
+        for chosen in (kernel, "reference"):
+            x, ahead, stats = given[0].clone(), torch.full_like(given[0], 9.0), torch.zeros(chains, 3)
+            options = {
+                "chain_id": ids, "step_sizes": scales[:, 0], "noise_scales": scales[:, 1], "lookahead_out": ahead,
+                "stats": stats, "precision": 0.25, "grad_clip": 0.75, "low": -0.5, "high": 1.0, "lookahead": 0.375,
+                "noise_first": noise_first, "seed": -5,
+            }  # fmt: skip
+            with backend.force(chosen):
+                STEP(**arguments(x, given[1], **options))
+            runs.append((x, ahead, stats))
+        for got, exact in zip(runs[0][:2], runs[1][:2], strict=True):
+            assert torch.equal(got, exact)
+        torch.testing.assert_close(runs[0][2], runs[1][2], rtol=1e-7, atol=0)
+        before, grad = (t.double().contiguous().numpy() for t in given)
+        noise = oracle.normals(before[0].size, [int(i) % 2**64 for i in ids], 2**64 - 5, 4).reshape(shape)
+        h, s = (scales[:, i].double().view(-1, *[1] * (len(shape) - 1)).numpy() for i in (0, 1))
+        expected = oracle.step(before, grad, noise, h, s, 2.0, 0.75, -0.5, 1.0, noise_first)
+        looked = oracle.step(before, grad, noise, 0.375, 0.0, 2.0, 0.75)
+        x, ahead, stats = runs[0]
+        tolerance = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        assert np.abs(x.double().numpy() - expected).max() < tolerance
+        assert np.abs(ahead.double().numpy() - looked).max() < 2 * tolerance
+        # The counts are exact but for a value within rounding of a bound; the norm is of the gradient as given.
+        norm = np.sqrt((grad.reshape(chains, -1) ** 2).sum(1))
+        np.testing.assert_allclose(stats[:, 0].numpy(), norm, rtol=1e-6)
+        drift = np.clip(grad, -0.75, 0.75) + before / 4
+        for chain in range(chains):
+            of_chain = (a[chain : chain + 1] for a in (before, drift, noise))
+            wanted = oracle.statistics(*of_chain, h.flat[chain], s.flat[chain], -0.5, 1.0, noise_first)
+            assert stats[chain, 1:].tolist() == wanted[0, 1:].tolist()
+        assert before[0].size == 1 or 0 < stats[:, 1].min() < stats[:, 1].max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0,)])
+def test_nothing_to_do(kernel: str, shape: tuple[int, ...]) -> None:
+    x, stats = torch.zeros(shape), torch.full((shape[0], 3), 7.0)
+    with backend.force(kernel):
+        STEP(**arguments(x, x.clone(), stats=stats, lookahead_out=x.clone()))
+        NOISE(x, None, None, None, 3, 4)
+    assert (stats == 0).all()
+
+
 def layouts(shape: tuple[int, ...]) -> dict[str, Tensor]:
     n, c, h, w = shape
     return {

@@ -111,6 +111,84 @@ def test_gpu(devices):
     assert torch.equal(got.index.cpu(), F.nearest(query.cpu(), database.cpu()).index)
 
 
+class OnGpu:
+    """FAISS with a GPU build's names: what it would be told to do there is written down and done on the CPU."""
+
+    def __init__(self, monkeypatch):
+        told, home_of = self.told, self.homes = [], []
+
+        class GpuIndex(faiss.IndexFlatL2):
+            def add_c(self, n, x):
+                told.append(("add", n))
+                super().add_c(n, x)
+
+            def search_c(self, n, x, k, distance, index):
+                told.append(("search", n))
+                super().search_c(n, x, k, distance, index)
+
+        class Resources:
+            def setDefaultStream(self, device, stream):
+                told.append((device, stream))
+
+        def placed(resources, device, index):
+            if not isinstance(index, faiss.IndexFlat):
+                raise RuntimeError("Error in ... at gpu/GpuCloner.cpp:1: This index type is not implemented on GPU.")
+            told.append(("placed", device))
+            return GpuIndex(index.d)
+
+        real = FaissIndex._home_of
+
+        def home(index, *arguments):
+            home_of.append(str(real(index, *arguments)))
+            return torch.device("cpu")
+
+        monkeypatch.setattr(FaissIndex, "_home_of", home)
+        streams = iter(range(100, 200))
+        stream = lambda device: type("Stream", (), {"cuda_stream": (str(device), next(streams))})  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        for name, value in (
+            ("GpuIndex", GpuIndex),
+            ("StandardGpuResources", Resources),
+            ("index_cpu_to_gpu", placed),
+            ("cast_integer_to_cudastream_t", lambda value: value),
+        ):
+            monkeypatch.setattr(faiss, name, value, raising=False)
+
+
+def test_a_gpu_index_takes_pointers_in_the_order_of_torchs_stream(monkeypatch):
+    gpu = OnGpu(monkeypatch)
+    query, database = 100 + torch.randn(70, 8), 100 + torch.randn(500, 8)
+    index = FaissIndex(device="cuda:1", block=400).add(database[:450]).add(database[450:])
+
+    def through_the_host(self, *_):
+        raise AssertionError("a copy through the host")
+
+    with monkeypatch.context() as patch:
+        for name in ("cpu", "numpy"):
+            patch.setattr(torch.Tensor, name, through_the_host)
+        found = index.search(query, 3)
+    assert torch.equal(found.index, F.nearest(query, database, 3).index)
+    assert gpu.homes == ["cuda:1"]
+    calls = [("placed", 1)]
+    for i, call in enumerate([("add", 400), ("add", 50), ("add", 50), ("search", 70)]):
+        calls += [(1, ("cuda:1", 100 + i)), call]
+    assert gpu.told == calls
+
+
+def test_what_a_gpu_has_not(monkeypatch):
+    gpu = OnGpu(monkeypatch)
+    with pytest.raises(NotImplementedError, match=r"spec='HNSW8' is not built yet; what works: device='cpu'"):
+        FaissIndex("HNSW8", "cuda").add(torch.randn(9, 4))
+    index = FaissIndex(device="cuda").add(torch.randn(3000, 4))
+    index._home = torch.device("cuda")
+    with pytest.raises(ValueError, match="k: expected at most 2048 on a GPU, got 2049"):
+        index.search(torch.randn(2, 4), 2049)
+    several = FaissIndex(device=["cuda:0", "cuda:1"]).add(torch.randn(30, 4))
+    assert several._home.type == "cpu"
+    assert [told for told in gpu.told if told[0] == "placed"] == [("placed", 0), ("placed", 0), ("placed", 1)]
+    assert [told[0] for told in gpu.told[-2:]] == [0, 1]  # the streams of both
+
+
 def test_minus_one_is_refused():
     database = torch.randn(700, 4)
     index = FaissIndex("IVF64,Flat").train(database).add(database)
@@ -148,6 +226,32 @@ def test_refuses():
     if not hasattr(faiss, "StandardGpuResources"):
         with pytest.raises(NotImplementedError, match="what works: device='cpu'"):
             FaissIndex(device="cuda")
+
+
+@pytest.mark.parametrize("spec", ["nonsense", "", "PQ3", "IVF4,Nonsense"])
+def test_a_bad_factory_string_is_named(spec):
+    with pytest.raises(ValueError, match=r"spec: expected a FAISS factory string, but FAISS says: \w"):
+        FaissIndex(spec).add(torch.randn(50, 4))
+
+
+def test_what_faiss_refuses_is_named(tmp_path):
+    points = torch.randn(500, 4)
+    with pytest.raises(
+        ValueError, match=r"points: expected enough of them to train 'IVF64,Flat', but FAISS says: .* \(5\) should"
+    ):
+        FaissIndex("IVF64,Flat").train(points[:5])
+    index = FaissIndex("IVF4,Flat").train(points).add(points)
+    for wrong in ("nprobe", "efSearch=3"):
+        with pytest.raises(ValueError, match="parameters: expected ones of spec 'IVF4,Flat'"):
+            index.tune(wrong)
+    index.save(tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for content in (b"", b"no index at all", whole[:9], whole[: len(whole) // 2], whole[:-1]):
+        (tmp_path / "cut").write_bytes(content)
+        with pytest.raises(ValueError, match="path: expected an index that FAISS wrote, but FAISS says: "):
+            FaissIndex.load(tmp_path / "cut")
+    (tmp_path / "cut").write_bytes(whole)
+    assert len(FaissIndex.load(tmp_path / "cut")) == 500
 
 
 def test_loads_lazily():

@@ -2,7 +2,7 @@
 
 import multiprocessing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -52,12 +52,12 @@ def run(folder: Path, size: int, body: str) -> list[Done]:
 
 
 SEARCH = """
-for name in ("database", "queries", "ties", "empty"):
-    query, database = torch.load(f"{folder}/{name}.pt")
+for name, (query, database, k, mask) in torch.load(f"{folder}/problems.pt").items():
     # Uneven shards, some of them empty.
-    cuts = {1: [], 2: [0.7], 4: [0.1, 0.1, 0.6]}[size]
+    cuts = {1: [], 2: [0.7], 4: [0.1, 0.1, 0.6]}[size] if name != "first" else [1.0] * (size - 1)
     part = lambda x: x[slice(*[int(len(x) * e) for e in [0, *cuts, 1]][rank:rank + 2])]
-    found = ring_nearest(part(query), part(database) if name != "empty" else database[:len(database) * (rank == 0)])
+    mine = None if mask is None or part(mask).all() else part(mask)
+    found = ring_nearest(part(query), part(database), k, mask=mine)
     torch.save(tuple(found), f"{folder}/{name}.{size}.{rank}.out")
 dist.barrier()
 dist.destroy_process_group()
@@ -65,17 +65,25 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+def problems(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Any, ...]]]:
     folder = tmp_path_factory.mktemp("ring")
     torch.manual_seed(0)
+    ties = torch.randint(-1, 2, (60, 3)).double(), torch.randint(-1, 2, (230, 3)).double()
+    few = torch.arange(230) % 11 == 4
+    few[150:161] = True  # a whole shard of four, in part
+    hidden = torch.randn(120, 9).masked_fill((torch.arange(120) % 3 == 0)[:, None], torch.nan)
     made = {
-        "database": (torch.randn(300, 9), torch.randn(101, 9)),  # the database is smaller: it goes round
-        "queries": (1000 + 0.01 * torch.randn(41, 9), 1000 + 0.01 * torch.randn(500, 9)),
-        "ties": (torch.randint(-1, 2, (60, 3)).double(), torch.randint(-1, 2, (230, 3)).double()),
-        "empty": (torch.randn(30, 5).bfloat16(), torch.randn(50, 5).bfloat16()),
+        "database": (torch.randn(300, 9), torch.randn(101, 9), 1, None),  # the database is smaller: it goes round
+        "queries": (1000 + 0.01 * torch.randn(41, 9), 1000 + 0.01 * torch.randn(500, 9), 1, None),
+        "ties": (*ties, 1, None),
+        "first": (torch.randn(30, 5).bfloat16(), torch.randn(50, 5).bfloat16(), 1, None),  # all on the first rank
+        "several": (*ties, 40, None),  # more than some shards have
+        "several-round": (torch.randint(-1, 2, (290, 3)).double(), ties[1], 40, None),
+        "masked": (ties[0][:20], ties[1], 3, few),
+        "masked-round": (ties[0], ties[1], 3, few),
+        "hidden": (torch.randn(50, 9), hidden, 1, ~hidden[:, 0].isnan()),
     }
-    for name, tensors in made.items():
-        torch.save(tensors, folder / f"{name}.pt")
+    torch.save(made, folder / "problems.pt")
     return folder, made
 
 
@@ -84,9 +92,9 @@ def test_equals_one_search(problems, oracle, size):
     folder, made = problems
     for one in run(folder, size, SEARCH):
         assert one.returncode == 0, one.stderr
-    for name, (query, database) in made.items():
+    for name, (query, database, k, mask) in made.items():
         parts = [torch.load(folder / f"{name}.{size}.{rank}.out") for rank in range(size)]
-        whole, expected = F.nearest(query, database), oracle.nearest(query, database)
+        whole, expected = F.nearest(query, database, k, mask=mask), oracle.nearest(query, database, k, mask)
         for got, single, want in zip(zip(*parts, strict=True), whole, expected, strict=True):
             assert torch.equal(torch.cat(got), single), name
             assert torch.equal(single, want), name
@@ -122,9 +130,9 @@ def test_a_killed_process_ends_the_others(tmp_path, rows):
 
 
 BAD = """
-def refused(query, database):
+def refused(query, database, k=1, mask=None):
     try:
-        ring_nearest(query, database)
+        ring_nearest(query, database, k, mask=mask)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "answered"
@@ -137,6 +145,12 @@ told = [
     refused(good[:, :3 + rank], good[:, :3 + rank]),
     refused(good.double() if rank else good, good.double() if rank else good),
     refused(good, good[:0]),
+    refused(good, good, 1 + rank),
+    refused(good, good, 0 if rank else 1),
+    refused(good, good, 4, torch.arange(5) < 3 * rank),
+    refused(good, good, 1, torch.ones(5 - rank, dtype=torch.bool)),
+    refused(good, good, 1, torch.ones(5) if rank == 0 else None),
+    refused(good, good.index_fill(0, torch.tensor([1, 3]), torch.inf), 1, torch.arange(5) > 1 + 2 * rank),
     refused(good, good + (1e20 if rank == 0 else 2e20)),
 ]
 dist.barrier()
@@ -158,9 +172,17 @@ def test_bad_input_is_told_to_all(tmp_path):
         f"{differ}rank 0 float32 [*, 3], rank 1 float32 [*, 4]",
         f"{differ}rank 0 float32 [*, 4], rank 1 float64 [*, 4]",
         "ValueError: database_shard: expected at least one row on some rank, got none on any",
+        "ValueError: k: expected one number on all ranks, got [1, 2]",
+        "ValueError: rank 1: k: expected an integer >= 1, got 0",
+        "ValueError: k: expected at most the 3 rows of database that all ranks allow, got 4",
+        "ValueError: rank 1: mask: expected [5] on cpu, got bool [4] on cpu",
+        "TypeError: rank 0: mask: expected bool, got float32",
+        "ValueError: rank 0: database_shard: expected finite values, got NaN or infinity in row 3",
     ]
     assert lines[: len(expected)] == expected
-    assert lines[6].startswith("ValueError: rank 0: query, database: expected squared distances within float32")
+    assert lines[len(expected)].startswith(
+        "ValueError: rank 0: query, database: expected squared distances within float32"
+    )
 
 
 def test_needs_a_process_group():

@@ -1,0 +1,106 @@
+"""The convolutions of our trunks: frozen ones pack their weights once, a first one takes the images' scaling along."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as tf
+from torch import Tensor, nn
+
+
+class _Packed(torch.autograd.Function):
+    """A convolution of stride 1 with constant weights. The way back to the input is such a convolution too, with the
+    kernel turned round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, conv: "Conv") -> Tensor:
+        ctx.save_for_backward(conv.weight)
+        ctx.conv = conv
+        return conv.packed(x, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors  # which raises where they were changed in between
+        if torch.is_grad_enabled():  # asked for a second order
+            return tf.conv2d(grad, _turned(weight), padding=ctx.conv.padding_back), None
+        return ctx.conv.packed(grad, back=True), None
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+class Conv(nn.Conv2d):
+    """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights packed once for oneDNN.
+
+    `nn.Conv2d` reorders its weights in every call, forward and back: a quarter of VGG16's time at 64x64 pixels. Packed
+    ones take their size again, and once more after a first backward pass. Anything else is left to `nn.Conv2d`.
+    """
+
+    padding: tuple[int, int]
+
+    @property
+    def padding_back(self) -> list[int]:
+        return [k - 1 - p for k, p in zip(self.kernel_size, self.padding, strict=True)]
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether packed weights serve: frozen, and no autocast, compiler or transform of torch.func that must see."""
+        weight, bias = self.weight, self.bias
+        assert bias is not None
+        return bool(
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and x.device.type == weight.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and not (weight.requires_grad or bias.requires_grad or weight.is_inference())
+            and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.enabled
+            and torch.backends.mkldnn.is_available()
+            and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0
+        )
+
+    def packed(self, x: Tensor, back: bool) -> Tensor:
+        ops, weight = torch.ops.mkldnn, self.weight
+        at = (weight.data_ptr(), weight._version)
+        packs = self.__dict__.setdefault("_packs", {})
+        if back not in packs or packs[back][0] != at:
+            plain = _turned(weight).contiguous() if back else weight.detach()
+            padding = self.padding_back if back else list(self.padding)
+            arguments = (padding, [1, 1], [1, 1], 1)
+            packs[back] = (at, ops._reorder_convolution_weight(plain, *arguments, list(x.shape)), arguments)
+        _, pack, arguments = packs[back]
+        x = x.contiguous(memory_format=torch.channels_last)
+        bias = None if back else self.bias
+        y: Tensor = ops._convolution_pointwise(x, pack, bias, *arguments, "none", [], "")
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_packs"}  # they cannot be copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.packs(x):
+            return super().forward(x)
+        if self.stride != (1, 1):  # a network's first: few weights
+            return super().forward(x.contiguous(memory_format=torch.channels_last))
+        y: Tensor = _Packed.apply(x, self)
+        return y
+
+
+def scaled(first: nn.Module, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """`first` of gain·x + offset, numbers for each of its channels [C, 1, 1]; x may have one channel in their place.
+
+    Folded into weights and bias where `first` does not pad (SqueezeNet). The zeros of a padding lie round gain·x +
+    offset: x would need a frame of −offset / gain, a copy like the one that is to be saved.
+    """
+    assert isinstance(first, Conv)
+    if any(first.padding):
+        y: Tensor = first(torch.addcmul(offset, x, gain))
+        return y
+    assert first.bias is not None
+    weight = first.weight * gain.to(first.weight.dtype)
+    bias = first.bias + (first.weight * offset.to(first.weight.dtype)).sum((1, 2, 3))
+    x = x.expand(-1, weight.shape[1], -1, -1)
+    if first.packs(x) or first.weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return tf.conv2d(x, weight, bias, first.stride)

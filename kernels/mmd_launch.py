@@ -1,0 +1,455 @@
+"""How the MMD kernels are launched: which points they take, their blocks, the slabs of what does not fit on chip."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from fastgen.kernels import tuned
+from fastgen.kernels.aot import Spec
+from torch import Tensor
+
+ROWS = 128  # BLOCK_M of every configuration: each set is padded to whole tiles of it
+CHUNK = 64  # coordinates that a product takes at a time beyond
+SLAB = 1 << 24  # slopes that are in memory at a time: 64 MiB
+SLAB_COLUMNS = 4096
+LARGEST_BATCH = 65535  # of CUDA's second grid axis
+LARGEST_DEGREE = 16  # the power is made of as many multiplications
+ROOTED = ("laplacian", "energy")
+COSTLY = ("rational_quadratic", *ROOTED)  # kernels that need more registers than WAE's seven scales do
+FINITE = 3.4028234663852886e38
+XX, YY, XY = 1, 2, 4
+
+
+def fits(x: Tensor, kind: str, parameters: Sequence[float], second: bool = False) -> bool:
+    """Whether the kernels take such points, where `second` for a Hessian's product: else the reference runs.
+
+    Between close points the two parts of a rooted kernel's second derivative cancel: that is work for float64."""
+    if x.dtype == torch.float64 or (second and kind in ROOTED):
+        return False
+    return kind != "polynomial" or parameters[0] <= LARGEST_DEGREE
+
+
+def resident(kind: str, precision: str, tensor_memory: bool) -> int:
+    """Coordinates up to which rows and their gradient stay on chip: in registers, or where Blackwell keeps what tensor
+    cores add up."""
+    if tensor_memory:
+        return 32 if precision == "bf16x6" else 64
+    return 64 if kind in COSTLY else 128
+
+
+def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3") -> dict[str, int]:
+    """Blocks, num_warps and num_stages of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or "bend", which is
+    `_mmd_slope_kernel` for the Hessian."""
+    narrow = {"BLOCK_M": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if kernel == "bend" or (kind == "rational_quadratic" and kernel in ("value", "slope")):
+        return narrow
+    if kernel == "pull":
+        wide = min(dp, 64 if precision == "bf16x6" else 128)
+        return {**narrow, "BLOCK_N": wide, "BLOCK_K": 32}
+    if (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
+        return {"BLOCK_M": ROWS, **found}
+    return narrow if kernel == "grad" or 64 < dp <= 128 else {**narrow, "BLOCK_N": 64}
+
+
+def in_units(
+    kind: str, parameters: Sequence[float], pairs: tuple[float, float, float, float] | None
+) -> tuple[str, float, tuple[float, ...], float]:
+    """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
+    if kind == "imq" and pairs is not None:
+        return "imq_pairs", pairs[0], pairs[1:], 1.0
+    if kind == "rational_quadratic":
+        lengthscale, *alphas = parameters
+        return kind, 2 * lengthscale**2, (*alphas, *(1 / a for a in alphas)), 1.0
+    if kind == "energy":
+        return kind, 1.0, (0.0,), 1.0
+    if kind == "polynomial":  # of the product of points times √γ; a square's own derivative is not there to double
+        return kind, 1 / parameters[1], (float(parameters[2]),), 0.5
+    middle = sorted(parameters)[len(parameters) // 2]
+    if kind == "imq":
+        return "imq", middle, tuple(middle / c for c in parameters), 1.0
+    rate = math.log(2) / middle
+    return kind, rate if kind == "rbf" else rate**2, tuple(g / middle for g in parameters), math.log(2)
+
+
+class _Packed:
+    """Both samples as Z = [X; Y] in float32, and what every launch is told of them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        kernel: tuple[str, float, tuple[float, ...], float],
+        precision: str,
+        kind: str,
+        parameters: Sequence[float],
+        estimator: str,
+        x_weight: Tensor | None,
+        y_weight: Tensor | None,
+        coefficients: Tensor | None,
+    ) -> None:
+        from fastgen.kernels import mmd as kernels
+
+        self.n, self.d = x.shape[-2:]
+        self.m = y.shape[-2]
+        self.items = x.shape[:-2].numel()
+        self.dp = -(-self.d // 128) * 128 if self.d > 128 else max(16, 1 << (self.d - 1).bit_length())
+        self.padded_n, padded_m = (-(-k // ROWS) * ROWS for k in (self.n, self.m))
+        self.padded = self.padded_n + padded_m
+        self.kind, self.precision = kind, precision
+        if kind in ROOTED and precision in ("tf32", "bf16x3"):
+            self.precision = "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
+        blackwell = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] in (10, 11)
+        self.deep = self.d > resident(kind, self.precision, blackwell)
+        name, base, self.parameters, slope = kernel
+        self.inner = kind == "polynomial"
+        self.scale = base**-0.5
+        self.gradient_scale = 4 * slope * self.scale
+        self.bend_scale = 1.0 if self.inner else 2 * slope
+        degree = int(parameters[0]) if self.inner else 1
+        self.options = {
+            "KIND": kernels.KINDS[name] + degree - 1,
+            "ESTIMATOR": kernels.ESTIMATORS[estimator],
+            "DP": self.dp,
+            "PRECISION": self.precision,
+            "PTX": x.is_cuda and torch.version.hip is None,
+        }
+        # A kernel that does not vanish far out would take a distance that overflows for one that does not count.
+        limit = FINITE / 4 if kind in ("energy", "polynomial") else FINITE
+        self.z = x.new_empty(self.items, self.padded, self.dp, dtype=torch.float32)
+        self.norm = x.new_empty(self.items, self.padded, dtype=torch.float32)
+        self.pack(x, y, self.z, self.norm, limit, not self.inner)
+        self.weight: Tensor | None = None
+        if x_weight is not None or y_weight is not None:
+            self.weight = x.new_zeros(self.items, self.padded, dtype=torch.float32)
+            self.weight[:, : self.n] = 1 if x_weight is None else x_weight
+            self.weight[:, self.padded_n : self.padded_n + self.m] = 1 if y_weight is None else y_weight
+        self.coefficients = None
+        if coefficients is not None:
+            self.coefficients = coefficients.to(torch.float64).expand(self.items, 3).contiguous()
+
+    def pack(self, x: Tensor, y: Tensor, z: Tensor, norm: Tensor | None, limit: float, centred: bool) -> None:
+        from fastgen.kernels import mmd as kernels
+
+        kernels._mmd_pack_kernel[(self.padded // ROWS, self.items)](
+            x.contiguous(),
+            y.contiguous(),
+            z,
+            norm,
+            self.n,
+            self.m,
+            self.d,
+            self.padded_n,
+            self.padded,
+            self.scale,
+            limit,
+            CENTRED=centred,
+            BLOCK=ROWS,
+            DC=min(self.dp, CHUNK) if self.deep else self.dp,
+            DP=self.dp,
+            num_warps=4,
+        )
+
+    def slabs(self, side: int, terms: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first row, rows, first column, columns) of slabs that cover the pairs of X's or Y's rows."""
+        begin, end = ((0, self.padded_n), (self.padded_n, self.padded))[side]
+        left = 0 if terms & (XX, XY)[side] else self.padded_n
+        right = self.padded if terms & (XY, YY)[side] else self.padded_n
+        rows, columns = self.slab
+        for row in range(begin, end, rows):
+            for column in range(left, right, columns):
+                yield row, min(rows, end - row), column, min(columns, right - column)
+
+    def squares(self, side: int) -> Tensor:
+        """Σp² of x's or y's weights, [items]."""
+        assert self.weight is not None
+        return (self.weight[:, : self.padded_n], self.weight[:, self.padded_n :])[side].double().square().sum(-1)
+
+    @property
+    def slab(self) -> tuple[int, int]:
+        """Rows and columns of the largest slab, whole tiles."""
+        budget = SLAB // max(1, self.items)
+        columns = min(self.padded, SLAB_COLUMNS, max(ROWS, budget // ROWS // ROWS * ROWS))
+        rows = min(max(self.padded_n, self.padded - self.padded_n), max(ROWS, budget // columns // ROWS * ROWS))
+        return rows, columns
+
+    def through_slabs(
+        self,
+        out: Sequence[Tensor],
+        terms: int,
+        directions: tuple[Tensor, Tensor] | None,
+        partial: Tensor | None,
+    ) -> None:
+        """Adds to `out`, of x and perhaps of y, the gradients, or with `directions` their change along them."""
+        from fastgen.kernels import mmd_slab as kernels
+
+        v, along = directions if directions is not None else (None, None)
+        scratch = [self.z.new_empty(self.items, *self.slab) for _ in range(1 if v is None else 2)]
+        blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind)
+        blocks_pull = blocks("pull", self.dp, self.kind, self.precision)
+        for side, result in enumerate(out):
+            for row, rows, column, columns in self.slabs(side, terms):
+                kernels._mmd_slope_kernel[(rows // ROWS, columns // blocks_slope["BLOCK_N"], self.items)](
+                    self.z,
+                    v,
+                    self.norm,
+                    along,
+                    self.weight,
+                    self.coefficients,
+                    scratch[0],
+                    scratch[-1],
+                    partial,
+                    self.n,
+                    self.m,
+                    self.d,
+                    self.padded_n,
+                    self.padded,
+                    row,
+                    column,
+                    *self.slab,
+                    0 if partial is None else partial.shape[1],
+                    self.bend_scale,
+                    self.parameters,
+                    BOTH=len(out) == 2,
+                    DC=min(self.dp, CHUNK),
+                    **self.options,
+                    **blocks_slope,
+                )
+                # The Hessian's first slab pulls along the directions, its second one along the points.
+                for slab, points in zip(scratch, (self.z,) if v is None else (v, self.z), strict=True):
+                    kernels._mmd_pull_kernel[(rows // ROWS, self.dp // blocks_pull["BLOCK_N"], self.items)](
+                        slab,
+                        points,
+                        self.weight,
+                        result,
+                        result.shape[-2],
+                        self.d,
+                        self.padded,
+                        row,
+                        row - side * self.padded_n,
+                        column,
+                        *self.slab,
+                        columns,
+                        self.gradient_scale,
+                        INNER=self.inner,
+                        DP=self.dp,
+                        PRECISION=self.precision,
+                        **blocks_pull,
+                    )
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    sides: int,
+    precision: str,
+    pairs: tuple[float, float, float, float] | None,
+    kind: str,
+    parameters: Sequence[float],
+    estimator: str,
+    x_weight: Tensor | None = None,
+    y_weight: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    terms: int = XX | YY | XY,
+) -> tuple[Tensor, ...]:
+    """MMD² and the unit gradients of the first `sides` of x and y, in float32; [N, D] or [B, N, D]."""
+    from fastgen.kernels import mmd as kernels
+
+    whole = (x, y, x_weight, y_weight, coefficients)
+    if (parts := _parts(whole)) is not None:
+        options = (sides, precision, pairs, kind, parameters, estimator)
+        found = [mmd(a, b, *options, p, q, c, terms) for a, b, p, q, c in parts]
+        return tuple(torch.cat(each) for each in zip(*found, strict=True))
+    with torch.cuda.device_of(x):
+        kernel = in_units(kind, parameters, pairs)
+        packed = _Packed(x, y, kernel, precision, kind, parameters, estimator, x_weight, y_weight, coefficients)
+        tiles_x, tiles = packed.padded_n // ROWS, packed.padded // ROWS
+        graded = (0, tiles_x, tiles)[sides]  # tiles of rows with a gradient; the value kernel takes the rest
+        last = max(graded, tiles if terms & YY else tiles_x)  # beyond it no row has a pair that is not met already
+        make = x.new_zeros if packed.deep else x.new_empty
+        gradients = [make(p.shape, dtype=torch.float32) for p in (x, y)[:sides]]
+        # One partial sum for each tile of rows.
+        partial = make(packed.items, last, dtype=torch.float64)
+        samples = (packed.z, packed.norm, packed.weight, packed.coefficients)
+        sizes = (packed.n, packed.m, packed.d, packed.padded_n, packed.padded)
+        total = 0
+        if graded and packed.deep:
+            slots = packed.slab[1] // blocks("slope", packed.dp, kind)["BLOCK_N"]
+            of_slabs = x.new_zeros(packed.items, graded, slots, dtype=torch.float64)
+            packed.through_slabs(gradients, terms, None, of_slabs)
+            total = of_slabs.sum((1, 2))
+        elif graded:
+            kernels._mmd_grad_kernel[(graded, packed.items)](
+                *samples,
+                gradients[0],
+                gradients[-1],
+                partial,
+                *sizes,
+                last,
+                packed.gradient_scale,
+                packed.parameters,
+                TERMS=terms,
+                BOTH=sides == 2,
+                **packed.options,
+                **blocks("grad", packed.dp),
+            )
+        if graded < last:
+            kernels._mmd_value_kernel[(last - graded, packed.items)](
+                *samples,
+                partial,
+                *sizes,
+                graded,
+                last,
+                packed.parameters,
+                TERMS=terms,
+                DC=CHUNK if packed.deep else packed.dp,
+                **packed.options,
+                **blocks("value", packed.dp, kind),
+            )
+        total = total + partial.sum(-1)
+        if estimator == "biased" and kind not in ("energy", "polynomial"):
+            # The pairs i = i, left out above: their distance is exactly zero.
+            at_zero = len(parameters) - (kind == "rational_quadratic")
+            for side, size in enumerate((packed.n, packed.m)):
+                if terms & (XX, YY)[side]:
+                    squares = size if packed.weight is None else packed.squares(side)
+                    a = 1 / size**2 if packed.coefficients is None else packed.coefficients[:, side]
+                    total = total + at_zero * a * squares
+    return total.to(torch.float32).reshape(x.shape[:-2]), *gradients
+
+
+def hessian_product(
+    x: Tensor,
+    y: Tensor,
+    vx: Tensor,
+    vy: Tensor | None,
+    precision: str,
+    kind: str,
+    parameters: Sequence[float],
+    estimator: str,
+    x_weight: Tensor | None = None,
+    y_weight: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    terms: int = XX | YY | XY,
+) -> tuple[Tensor, Tensor]:
+    """How MMD²'s gradients change along (vx, vy), in float32; without vy that of y is empty."""
+    whole = (x, y, vx, vy, x_weight, y_weight, coefficients)
+    if (parts := _parts(whole)) is not None:
+        options = (precision, kind, parameters, estimator)
+        found = [hessian_product(a, b, va, vb, *options, p, q, c, terms) for a, b, va, vb, p, q, c in parts]
+        hx, hy = zip(*found, strict=True)
+        return torch.cat(hx), hy[0] if vy is None else torch.cat(hy)
+    with torch.cuda.device_of(x):
+        kernel = in_units(kind, parameters, None)
+        packed = _Packed(x, y, kernel, precision, kind, parameters, estimator, x_weight, y_weight, coefficients)
+        v = torch.empty_like(packed.z)
+        packed.pack(vx, torch.zeros_like(y) if vy is None else vy, v, None, FINITE, False)
+        out = [p.new_zeros(p.shape, dtype=torch.float32) for p in ((x,) if vy is None else (x, y))]
+        packed.through_slabs(out, terms, (v, (packed.z * v).sum(-1)), None)
+    return out[0], out[1] if vy is not None else x.new_empty(0, dtype=torch.float32)
+
+
+def _parts(whole: tuple[Tensor | None, ...]) -> list[tuple[Any, ...]] | None:
+    """A batch beyond the grid as several that are not; the first tensor is points, weights may be without a batch."""
+    points = whole[0]
+    assert points is not None
+    if points.ndim == 2 or len(points) <= LARGEST_BATCH:
+        return None
+    count = len(points)
+
+    def part(tensor: Tensor | None, start: int) -> Tensor | None:
+        whole_batch = tensor is None or tensor.ndim == 1
+        return tensor if whole_batch else tensor[start : start + LARGEST_BATCH]  # type: ignore[index]
+
+    return [tuple(part(t, start) for t in whole) for start in range(0, count, LARGEST_BATCH)]
+
+
+def specs() -> list[Spec]:
+    """What the tests compile ahead of time; first WAE's kernel at D = 64 in the default precision."""
+    from fastgen.kernels import mmd as kernels
+    from fastgen.kernels import mmd_slab as slab_kernels
+
+    integers = ("n", "m", "d", "padded_n", "padded", "partials", "first_tile", "first_row", "local_row", "first_column")
+    types: dict[str, Any] = dict.fromkeys((*integers, "rows", "columns", "count", "pulled"), "i32")
+    floats = ("z_ptr", "v_ptr", "norm_ptr", "along_ptr", "weight_ptr", "gx_ptr", "gy_ptr", "slope_ptr", "bend_ptr")
+    types |= dict.fromkeys((*floats, "o_ptr", "out_ptr"), "*fp32")
+    types |= dict.fromkeys(("coefficients_ptr", "partial_ptr"), "*fp64")
+    types |= dict.fromkeys(("gradient_scale", "bend_scale", "scale", "limit"), "fp32")
+    divisible = ("padded_n", "padded", "first_row", "local_row", "first_column", "rows", "columns", "pulled")
+    listed = []
+
+    def add(name: str, kernel: Any, constants: dict[str, Any], more: dict[str, Any], never: Any = ()) -> None:
+        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+        known = {**types, **more}
+        signature = {a: "constexpr" if a in constants else known.get(a, "constexpr") for a in kernel.arg_names}
+        constants = {a: v for a, v in constants.items() if a in kernel.arg_names}
+        here = tuple(a for a in divisible if a in signature)
+        listed.append(Spec(name, kernel, signature, constants, warps, stages, divisible=here, never=never))
+
+    absent = {"weight_ptr": None, "coefficients_ptr": None}
+    by_stage = {
+        "grad": kernels._mmd_grad_kernel,
+        "value": kernels._mmd_value_kernel,
+        "slope": slab_kernels._mmd_slope_kernel,
+        "bend": slab_kernels._mmd_slope_kernel,
+        "pull": slab_kernels._mmd_pull_kernel,
+    }
+
+    def launch(stage: str, name: str, count: int, dp: int, precision: str = "bf16x3", weighted: bool = False) -> None:
+        degree = 3 if name == "polynomial" else 1
+        # Where Blackwell takes slabs, and a precision that AMD does not have.
+        never = ("sm_100",) * (stage == "grad" and dp > resident(name, precision, True))
+        never += ("gfx942",) * (precision == "tf32x3")
+        deep = dp > resident(name, precision, False)
+        constants = {
+            "KIND": kernels.KINDS[name] + degree - 1,
+            "ESTIMATOR": 0,
+            "TERMS": XX | YY | XY,
+            "BOTH": False,
+            "INNER": name == "polynomial",
+            "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
+            "DP": dp,
+            "PRECISION": precision,
+            **blocks(stage, dp, name, precision),
+        }
+        if not weighted:
+            constants |= absent
+        if stage == "slope":
+            constants |= dict.fromkeys(("v_ptr", "along_ptr"))
+        if stage == "bend":
+            constants |= {"partial_ptr": None}
+        title = f"{stage} {name} D={dp} {precision}{' weighted' * weighted}"
+        add(title, by_stage[stage], constants, {"parameters": ("fp32",) * count}, never)
+
+    for precision in ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6"):
+        for stage in ("grad", "value"):
+            launch(stage, "imq_pairs", 3, 64, precision)
+    for stage in ("slope", "pull"):
+        launch(stage, "imq_pairs", 3, 512)
+    for dtype in ("fp32", "bf16"):
+        constants = {"CENTRED": True, "BLOCK": ROWS, "DC": 64, "DP": 64, "num_warps": 4, "num_stages": 2}
+        add(f"pack {dtype}", kernels._mmd_pack_kernel, constants, dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"))
+    for stage in ("grad", "value"):
+        for dp in (16, 32, 128):
+            launch(stage, "imq_pairs", 3, dp)
+        launch(stage, "imq_pairs", 3, 64, weighted=True)
+        for name, count, precision in (
+            ("imq", 3, "bf16x3"),
+            ("rbf", 5, "bf16x3"),
+            ("rational_quadratic", 10, "bf16x3"),
+            ("laplacian", 5, "bf16x6"),
+            ("energy", 1, "bf16x6"),
+            ("polynomial", 1, "bf16x3"),
+        ):
+            launch(stage, name, count, 64, precision)
+    for name, count in (("rational_quadratic", 10), ("polynomial", 1)):
+        launch("slope", name, count, 512)
+    for stage in ("slope", "value"):
+        launch(stage, "laplacian", 5, 128, "bf16x6")
+    launch("pull", "laplacian", 5, 128, "bf16x6")
+    launch("value", "imq_pairs", 3, 512)
+    for name, count in (("imq", 7), ("rbf", 5), ("rational_quadratic", 10), ("polynomial", 1)):
+        launch("bend", name, count, 64)
+    launch("bend", "imq", 7, 512, weighted=True)
+    launch("pull", "imq", 7, 16)
+    return listed

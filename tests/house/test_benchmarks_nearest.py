@@ -1,0 +1,100 @@
+"""Nearest's benchmark: the team of processes, the cost on paper, and the rows on which peers are wrong."""
+
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fastgen import functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.nearest_ring
+
+    return benchmarks.nearest_ring
+
+
+def test_a_team_answers_and_goes_home(ring: ModuleType) -> None:
+    from benchmarks import machine
+
+    query, database = torch.randn(31, 5), torch.randn(70, 5)
+    load = machine.Load()
+    team = ring.Team(2, (query, database))
+    processes = team.processes
+    spent = load._read()[2] - load.started[2]
+    assert spent > 0.5  # their imports: what a team does is not other people's load
+    whole = F.nearest(query, database)
+    for _ in range(2):
+        for part in team.found:
+            part.zero_()
+        distance, index = team()
+        assert torch.equal(distance, whole.distance[:, 0])
+        assert torch.equal(index, whole.index[:, 0])
+    processes[1].kill()
+    with pytest.raises(RuntimeError, match=r"process [01] of 2: "):
+        team()
+    del team
+    deadline = time.monotonic() + 20
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [process.poll() is None for process in processes] == [False, False]
+
+
+def row(provider: str, seconds: float, **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"family": "nearest", "work": "w", "provider": provider, "series": "top-1", "status": "ok"}
+    return found | {"seconds": seconds, "operations": 1e9, "size": {"N": 9, "M": 9, "D": 128}} | more
+
+
+def test_the_table_of_processes(ring: ModuleType) -> None:
+    times = {"fastgen": 0.3, "fastgen, 2 processes": 0.16, "fastgen, 4 processes": 0.1, "eager": 1.0}
+    rows = [row(name, seconds, series=ring.SERIES) for name, seconds in times.items()]
+    assert ring.text(rows).splitlines()[-3:] == [
+        "| 1 | 300 ms | 1.00 |",
+        "| 2 | 160 ms | 1.88 |",
+        "| 4 | 100 ms | 3.00 |",
+    ]
+    assert ring.text(rows[:1]) == ring.text(rows[1:]) == ring.text([row("fastgen", 1.0)]) == ""
+
+
+def test_a_billion_points_on_paper(ring: ModuleType) -> None:
+    """Two workers by hand: 8 rows and 4 rows of 2 numbers, 16 bytes and an id each; 128 operations."""
+    cost = ring.billion(4.0, 5.0, n=8, m=4, d=2, workers=2)
+    shard = 2 * (2 * 4 + 8)
+    assert cost == {
+        "search": 128 / (2 * 4.0),
+        "send": shard / 5.0,
+        "total": 128 / 8 + shard / 5.0,
+        "traffic": shard,
+        "memory": (4 + 2) * 8 + 2 * shard,
+    }
+    assert ring.billion(4e9, 5.0, n=8, m=4, d=2, workers=2)["total"] == 2 * shard / 5.0
+    rows = [row("fastgen", 1.0, size={"D": 64}), row("fastgen", 2e-6), row("eager", 1e-9)]
+    said = ring.on_paper({"machine": {"type": "cuda"}, "rows": rows})
+    assert "0.0005 T operations/s" not in said
+    assert 'the rate of "w", 500 T operations/s: 2.22 hours of search' in said  # 2e18 · 128 / 64 / 5e14 = 8,000 s
+    assert "Each sends 477 GiB in all, 10.2 s over" in said  # 63/64 · 10⁹ · 520 bytes = 511.9e9
+    assert ring.on_paper({"machine": {"type": "cpu"}, "rows": rows[2:]}) == ""
+
+
+def test_rows_on_which_faiss_is_wrong(ring: ModuleType) -> None:
+    pytest.importorskip("faiss")
+    from benchmarks import nearest, results
+    from benchmarks.harness import Measurer
+
+    for work in (nearest._offset_work(2000, 3000, 64), nearest._masked_work(2000, 3000, 64)):
+        run = Measurer(CPU, rounds=1, at_least=0.0)
+        rows = {r["provider"]: r for r in run.measure(work, ["fastgen", "faiss", "faiss, rows copied"])}
+        assert rows["fastgen"]["status"] == "ok"
+        assert rows["fastgen"]["right"] == 1.0
+        assert rows["faiss"]["status"] == "wrong"
+        assert rows["faiss"]["right"] < 0.5
+        assert rows.get("faiss, rows copied", {"right": 1.0})["right"] == 1.0
+        assert "% right |" in results.table([rows["faiss"]]).splitlines()[-1]

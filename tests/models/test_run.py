@@ -1,0 +1,268 @@
+"""A run's folder: claimed after its data was judged, given back where nothing was trained, known again by its data."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from fastgen import data
+from fastgen.check import UserError
+from fastgen.cli import main
+from fastgen.models import model_class
+from fastgen.models.gmmn import GMMN
+from fastgen.models.imle_image import IMLE, RSIMLE
+from fastgen.models.run import Run, arguments_of
+from fastgen.models.wae import WAEMMD
+
+QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
+QUICK = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+WAE: dict[str, Any] = {"latent_dim": 2, "width": 2, "epochs": 2, "batch": 16}
+MIXED: dict[str, dict[str, Any]] = {
+    "glann": {"latent_dim": 4, "width": 2, "layers": ["block0"], "glo_epochs": 1, "hidden": 8, "imle_epochs": 1},
+    "wae-mmd": WAE,
+    "gmmn": {"epochs": 1, "code_epochs": 1, "hidden": (8,), "code_hidden": 8, "code_dim": 2, "batch": 32},
+    "glo": {"latent_dim": 4, "width": 2, "epochs": 1},
+    "imle": {"hidden": 8, "epochs": 1},
+    "imle-reverse": {"hidden": 8, "epochs": 1},
+}
+SMALL_IMLE: dict[str, Any] = {"noise_dim": 2, "hidden": 8, "hidden_layers": 1, "epochs": 1, "batch": 16, "pool": 2}
+
+
+@pytest.fixture(scope="module")
+def images() -> data.Images:
+    digits = data.load("digits")
+    return data.Images("digits", digits.train[:64], digits.test[:16])
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()] + QUICK
+
+
+# The data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "settings"), [("wae-mmd", WAE), ("imle", SMALL_IMLE)])
+def test_data_that_changed_behind_its_path_is_told(
+    name: str, settings: dict[str, Any], pixels: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "x.npy", tmp_path / "run"
+    np.save(file, pixels)
+    assert main(["train", name, f"--data={file}", f"--out={out}", *flags(settings)]) == 0
+    before = (out / "run.json").read_text()
+    other = pixels.copy()
+    other[7, 3, 3] ^= 1  # one bit of one image
+    for changed in (other, pixels[:-1], pixels[::-1], pixels[:, :, :-1]):
+        np.save(file, changed)
+        for command in (["train", name, f"--out={out}", "--resume", *QUICK], ["evaluate", str(out)]):
+            assert main(command) == 2, command
+            assert f"data: {file} has changed since the run in {out} began: then 48 + 12" in capsys.readouterr().err
+        assert main(["sample", str(out), f"--out={tmp_path / 'a.npy'}"]) == 2
+    np.save(file, pixels)
+    assert main(["train", name, f"--out={out}", "--resume", *QUICK]) == 0
+    assert (out / "run.json").read_text() == before
+
+
+def test_fingerprint_sees_pixels_labels_and_order(images: data.Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = torch.arange(64)
+    marks = [
+        data.fingerprint(data.Images(*parts))
+        for parts in (
+            ("a", images.train, images.test),
+            ("a", images.train.flip(0), images.test),
+            ("a", images.test, images.train),
+            ("a", images.train, images.test, label, label[:16]),
+            ("a", images.train, images.test, label.flip(0), label[:16]),
+        )
+    ]
+    assert len({mark["sha256"] for mark in marks}) == 5
+    assert data.fingerprint(data.Images("b", images.train.clone(), images.test)) == marks[0]
+    assert json.loads(json.dumps(marks[0])) == marks[0]
+    # Of much data, rows at equal distances: 20 of the 64 images here.
+    monkeypatch.setattr(data, "_HASHED", 20 * 64 * 4)
+    sampled = data.fingerprint(data.Images("a", images.train, images.test))
+    for row, seen in ((4, True), (5, False), (60, True)):
+        other = images.train.clone()
+        other[row] = 0
+        assert (data.fingerprint(data.Images("a", other, images.test)) != sampled) == seen, row
+
+
+def test_a_condition_is_kept_by_its_whole_path_and_fingerprint(
+    pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "x.npy", pixels)
+    np.save(tmp_path / "told.npy", pixels[:, ::2, ::2])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    command = ["train", "imle", "--data=x.npy", "--condition=told.npy", f"--out={out}", *flags(SMALL_IMLE)]
+    assert main(command) == 0
+    assert Run(out).record["arguments"]["condition"] == str(tmp_path / "told.npy")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["sample", str(out), "--out=a.npy", "--n=3"]) == 0
+    assert main(["train", "imle", f"--out={out}", "--resume", *QUICK]) == 0
+    np.save(tmp_path / "told.npy", 255 - pixels[:, ::2, ::2])
+    assert main(["train", "imle", f"--out={out}", "--resume", *QUICK]) == 2
+    assert f"condition: {tmp_path / 'told.npy'} has changed since the run in {out} began" in capsys.readouterr().err
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_trained_leaves_nothing_behind(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    nan = np.zeros((20, 4, 4), np.float32)
+    nan[17, 2] = np.nan
+    np.save(tmp_path / "nan.npy", nan)
+    stored = data.load(str(tmp_path / "nan.npy"), on_disk=True)
+    alike = data.Images("alike", images.train[:1].repeat(64, 1, 1, 1), images.test)
+    for model, of, trainer, says in (
+        (IMLE(**SMALL_IMLE), stored, {}, "found nan"),
+        (GMMN(space="data"), alike, {}, "expected images that differ"),
+        (GMMN(), alike, {}, "expected images that differ"),
+        (RSIMLE(radius=50.0, **SMALL_IMLE), images, {}, "radius: every sample"),
+        (WAEMMD(**WAE), images, {"devices": 2}, "trainer.devices: expected as many processes"),
+        (WAEMMD(**WAE), images, {"accelerator": "abacus"}, "trainer: "),
+        (WAEMMD(**WAE), images, {"accelerator": "tpu"}, "trainer: "),
+        (WAEMMD(**WAE), images, {"precision": "64-true"}, "trainer.precision: expected one of 32-true, bf16-mixed"),
+        (WAEMMD(**WAE), images, {"limit_train_batches": 0}, "trainer.limit_train_batches: 0 leaves none of 4 batches"),
+        (WAEMMD(**WAE), images, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "scissors"}, "trainer: "),
+    ):
+        with pytest.raises(UserError, match=says):
+            model.fit(of, out, trainer={**QUIET, **trainer})
+        assert not out.exists(), says
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="wae-mmd: this model trains in one process, torchrun started 2"):
+            WAEMMD(**WAE).fit(images, out, trainer=QUIET)
+    assert not out.exists()
+    out.mkdir()
+    WAEMMD(**WAE).fit(images, out, trainer=QUIET)  # an empty folder is as good as none
+
+
+@pytest.mark.parametrize("name", ["glann", "wae-mmd", "gmmn", "glo", "imle", "imle-reverse"])
+def test_mixed_precision_trains(name: str, images: data.Images, tmp_path: Path) -> None:
+    model = model_class(name)(**MIXED[name]).fit(images, tmp_path / "run", trainer={**QUIET, "precision": "bf16-mixed"})
+    assert model.sample(2, seed=0).dtype == torch.float32
+
+
+def test_a_trained_stage_is_never_given_back(images: data.Images, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="diverged"):
+        WAEMMD(**{**WAE, "lr": 1e30}).fit(images, out, trainer=QUIET)
+    assert (out / "wae" / "last.ckpt").exists()
+    assert (out / "run.json").exists()
+    with pytest.raises(UserError, match="devices"):
+        WAEMMD(**{**WAE, "lr": 1e30}).fit(images, out, resume=True, trainer={**QUIET, "devices": 2})
+    assert (out / "run.json").exists()
+
+
+def test_options_that_two_optimisers_cannot_have_are_not_offered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in ("glo", "glann"):
+        for option in ("gradient_clip_val=1.0", "accumulate_grad_batches=2"):
+            with pytest.raises(SystemExit) as stop:
+                main(["train", model, "--data=digits", f"--out={tmp_path / 'run'}", f"--trainer.{option}"])
+            assert stop.value.code == 2
+            assert option.split("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # Of one optimiser they work, and the step size still falls to 0.
+    options = ["--trainer.gradient_clip_val=1.0", "--trainer.accumulate_grad_batches=2"]
+    assert main(["train", "wae-mmd", "--data=digits", f"--out={tmp_path / 'run'}", *flags(WAE), *options]) == 0
+    state = torch.load(tmp_path / "run" / "wae" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 2 * 45  # of 90 batches
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+# Breaking off --------------------------------------------------------------------------------------------------------
+
+
+class Break(Callback):
+    """At the start of epoch 1: Ctrl-C."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lightning leaves SIGINT ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_told_and_the_run_goes_on(
+    interruptible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    fit = WAEMMD.fit
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            WAEMMD, "fit", lambda *a, trainer, **k: fit(*a, trainer={**trainer, "callbacks": [Break()]}, **k)
+        )
+        assert main(["train", "wae-mmd", "--data=digits", f"--out={out}", *flags(WAE)]) == 130
+    assert "interrupted; --resume goes on" in capsys.readouterr().err
+    assert Run(out).seconds()["wae"] > 0
+    assert main(["sample", str(out), f"--out={tmp_path / 'a.npy'}", "--n=2"]) == 0
+    assert "has not ended: this is its newest checkpoint" in capsys.readouterr().err
+    assert main(["train", "wae-mmd", f"--out={out}", "--resume", *QUICK]) == 0
+    assert main(["sample", str(out), f"--out={tmp_path / 'a.npy'}", "--n=2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+class Slow(Callback):
+    """Keeps seconds.json as it stands when epoch 1 has taken a second and more."""
+
+    seen: dict[str, float] | None = None
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_number: int) -> None:
+        if (trainer.current_epoch, batch_number) == (0, 0):
+            time.sleep(1.1)
+        elif self.seen is None:
+            self.seen = json.loads((self.out / "seconds.json").read_text())
+
+
+def test_seconds_are_written_as_they_pass(images: data.Images, tmp_path: Path) -> None:
+    slow = Slow(tmp_path / "run")
+    start = time.perf_counter()
+    IMLE(**{**SMALL_IMLE, "epochs": 2}).fit(images, slow.out, trainer={**QUIET, "callbacks": [slow]})
+    most = time.perf_counter() - start
+    assert slow.seen is not None
+    assert slow.seen["imle"] >= 1.1
+    assert slow.seen["imle_search"] > 0
+    seconds = Run(slow.out).seconds()
+    assert slow.seen["imle"] < seconds["imle"]
+    assert seconds["imle"] + seconds["imle_search"] < most
+
+
+def test_arguments_are_those_of_the_constructor() -> None:
+    class Base:
+        def __init__(self, given: dict[str, Any]) -> None:
+            self.given = given
+
+    class Model(Base):
+        def __init__(self, a: int = 1, b: str = "x") -> None:
+            super().__init__(arguments_of(locals()))
+
+    assert Model(a=2).given == {"a": 2, "b": "x"}

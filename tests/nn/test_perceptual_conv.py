@@ -1,0 +1,147 @@
+"""The trunks' convolutions: packed weights give nn.Conv2d's numbers, and notice what changes them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.nn import LPIPS
+from fastgen.nn.trunks_conv import Conv, scaled
+
+SHAPES = [(3, 64, 3, 1, 1), (5, 7, 5, 1, 2), (16, 8, 1, 1, 0), (4, 6, 3, 2, 0), (3, 9, 11, 4, 2), (4, 4, 3, 1, 0)]
+
+
+def frozen(shape: tuple[int, ...]) -> Conv:
+    channels, width, kernel, stride, padding = shape
+    return Conv(channels, width, kernel, stride=stride, padding=padding).requires_grad_(False)
+
+
+def plain(conv: Conv, x: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    weight, bias = conv.weight.double(), conv.bias.double()
+    return nn.functional.conv2d(x.double(), weight, bias, conv.stride, conv.padding)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_values_and_gradients(shape, layout):
+    conv = frozen(shape)
+    x = torch.randn(2, shape[0], 13, 17).contiguous(memory_format=layout).requires_grad_()
+    y, want = conv(x), plain(conv, x)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(want.shape)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    (expected,) = torch.autograd.grad(want, x, upstream.double())
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(conv(x), y)
+    with torch.no_grad():
+        assert torch.equal(conv(x), y)
+    other = torch.randn(3, shape[0], 19, 12)  # packed for another size
+    torch.testing.assert_close(conv(other).double(), plain(conv, other), rtol=1e-4, atol=1e-5)
+    assert conv(x[:0]).shape == (0, *want.shape[1:])
+    torch.testing.assert_close(conv.double()(x.double()), want, rtol=1e-12, atol=1e-12)
+
+
+def test_twice_differentiable():
+    conv = frozen((3, 5, 3, 1, 1))
+    x = torch.randn(1, 3, 6, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    leaf = x.detach().double().requires_grad_()
+    (grad64,) = torch.autograd.grad(plain(conv, leaf).square().sum(), leaf, create_graph=True)
+    (want,) = torch.autograd.grad(grad64.square().sum(), leaf)
+    torch.testing.assert_close(second.double(), want, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_that_change_are_packed_again():
+    conv = frozen((3, 8, 3, 1, 1))
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    torch.autograd.grad(conv(x).sum(), x)
+    for change in (
+        lambda: conv.weight.mul_(2),
+        lambda: conv.load_state_dict({"weight": torch.randn(8, 3, 3, 3), "bias": torch.randn(8)}),
+        lambda: setattr(conv, "weight", nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)),
+        lambda: setattr(conv.weight, "data", torch.randn(8, 3, 3, 3)),
+    ):
+        with torch.no_grad():
+            change()
+        torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
+        got, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (conv, lambda x: plain(conv, x)))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    y = conv(x)
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_copies_and_trained_ones():
+    conv = frozen((3, 8, 3, 1, 1))
+    x = torch.randn(2, 3, 8, 8)
+    y = conv(x)
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert torch.equal(other(x), y)
+        assert list(other.state_dict()) == ["weight", "bias"]
+    conv.requires_grad_()
+    conv(x).square().sum().backward()
+    want = copy.deepcopy(conv).double()
+    plain(want, x).square().sum().backward()
+    got = conv.weight.grad
+    conv.weight.grad = None
+    conv.double()(x.double()).square().sum().backward()
+    torch.testing.assert_close(got.double(), conv.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_where_nothing_is_packed():
+    """Under autocast, a transform, forward mode, without oneDNN: nn.Conv2d as it is."""
+    conv, x = frozen((3, 8, 3, 1, 1)), torch.randn(2, 3, 8, 8)
+    want = plain(conv, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    mapped = torch.func.vmap(lambda one: conv(one[None])[0])(x)
+    torch.testing.assert_close(mapped.double(), want, rtol=1e-4, atol=1e-5)
+    _, tangent = torch.func.jvp(conv, (x,), (torch.ones_like(x),))
+    slope = plain(conv, torch.ones_like(x)) - plain(conv, torch.zeros_like(x))
+    torch.testing.assert_close(tangent.double(), slope, rtol=1e-4, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = conv(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    enabled = torch._C._get_mkldnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch.testing.assert_close(conv(x).double(), want, rtol=1e-4, atol=1e-5)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    assert "_packs" not in vars(conv)
+    conv(x)
+    assert set(vars(conv)["_packs"]) == {False}
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scaling_goes_into_the_first_convolution_where_it_does_not_pad(padding, channels):
+    conv = frozen((3, 8, 3, 2, padding)).double()
+    x, gain, offset = (
+        torch.randn(2, channels, 9, 8).double(),
+        torch.rand(3, 1, 1).double(),
+        torch.randn(3, 1, 1).double(),
+    )
+    inputs = []
+    conv.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    got = scaled(conv, x, gain, offset)
+    torch.testing.assert_close(got, plain(conv, gain * x + offset), rtol=1e-12, atol=1e-12)
+    assert len(inputs) == padding  # folded, the images never are scaled
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_the_nets_pack(net):
+    lpips = LPIPS(net=net, pnet_rand=True)
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    lpips(x, x.detach().flip(3)).sum().backward()
+    convolutions = [m for m in lpips.net.modules() if isinstance(m, nn.Conv2d)]
+    packed = [m for m in convolutions if set(vars(m).get("_packs", {})) == {False, True}]
+    assert len(convolutions) - len(packed) == {"alex": 1, "vgg": 0, "squeeze": 1}[net]  # a first one of a stride
+    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in lpips.features(x).maps)
