@@ -101,6 +101,7 @@ def test_a_plain_call_makes_the_numbers_of_the_op() -> None:
             assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and used
 def test_what_watches_ops_sees_them() -> None:
     seen = []
 
