@@ -38,15 +38,14 @@ def resident(kind: str, precision: str, tensor_memory: bool) -> int:
     return 64 if kind in COSTLY else 128
 
 
-def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3") -> dict[str, int]:
+def blocks(kernel: str, dp: int, kind: str = "imq") -> dict[str, int]:
     """Blocks, num_warps and num_stages of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or "bend", which is
     `_mmd_slope_kernel` for the Hessian."""
     narrow = {"BLOCK_M": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if kernel == "bend" or (kind == "rational_quadratic" and kernel in ("value", "slope")):
         return narrow
     if kernel == "pull":
-        wide = min(dp, 64 if precision == "bf16x6" else 128)
-        return {**narrow, "BLOCK_N": wide, "BLOCK_K": 32}
+        return {**narrow, "BLOCK_N": min(dp, 64), "BLOCK_K": 32}
     if (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
         return {"BLOCK_M": ROWS, **found}
     return narrow if kernel == "grad" or 64 < dp <= 128 else {**narrow, "BLOCK_N": 64}
@@ -186,7 +185,7 @@ class _Packed:
         v, along = directions if directions is not None else (None, None)
         scratch = [self.z.new_empty(self.items, *self.slab) for _ in range(1 if v is None else 2)]
         blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind)
-        blocks_pull = blocks("pull", self.dp, self.kind, self.precision)
+        blocks_pull = blocks("pull", self.dp)
         for side, result in enumerate(out):
             for row, rows, column, columns in self.slabs(side, terms):
                 kernels._mmd_slope_kernel[(rows // ROWS, columns // blocks_slope["BLOCK_N"], self.items)](
@@ -410,7 +409,7 @@ def specs() -> list[Spec]:
             "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
             "DP": dp,
             "PRECISION": precision,
-            **blocks(stage, dp, name, precision),
+            **blocks(stage, dp, name),
         }
         if not weighted:
             constants |= absent

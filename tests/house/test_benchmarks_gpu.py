@@ -75,6 +75,10 @@ def test_the_inner_loop_is_found_and_counted(static: ModuleType) -> None:
     assert static.cost(straight, 4, streams=True)["cycles"]["global"] == pytest.approx(2 * 4 * 32 * 16 / 14.5)
     assert static.inner_loop(straight, {}) is None
     assert static.elements_of({"BLOCK_M": 128, "BLOCK_N": 32, "DP": 64}, True) == (4096, "pair")
+    slab = {"BLOCK_M": 128, "BLOCK_N": 64, "DC": 64, "DP": 512}
+    assert static.elements_of(slab, True) == (128 * 64 * 64, "product")
+    assert static.elements_of({**slab, "DC": 512}, True) == (128 * 64, "pair")
+    assert static.elements_of({**slab, "BLOCK_K": 32, "INNER": False}, True) == (128 * 64 * 32, "product")
     assert static.elements_of({"GROUPS": 256}, False) == (1024, "element")
 
 
@@ -93,7 +97,8 @@ def test_static_on_a_real_kernel() -> None:
     assert mmd["counts"]["HGMMA"] > 0
     pairs = mmd["elements"] / (32 * mmd["warps"])  # of one thread in one turn
     assert mmd["unit"] == "pair"
-    assert 2 <= mmd["counts"]["MUFU"] / pairs <= 2.5
+    assert mmd["counts"]["MUFU"] / pairs == 2
+    assert sum(mmd["counts"][name] for name in ("FFMA", "FMUL", "FADD")) / pairs <= 45
     # A product of 64 coordinates and one for the gradient, in three bf16 parts: 384 multiply-adds a pair.
     assert mmd["cycles"]["tensor"] / mmd["elements"] == pytest.approx(384 / 4096)
     assert langevin["unit"] == "element"

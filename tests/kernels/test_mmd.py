@@ -169,7 +169,7 @@ def test_the_launch_table_keeps_tiles_whole() -> None:
     for dp in (16, 32, 64, 128, 256, 4096):
         for kernel in ("grad", "value", "slope", "pull"):
             for kind in ("imq", "rational_quadratic"):
-                blocks = mmd_launch.blocks(kernel, dp, kind, "bf16x6")
+                blocks = mmd_launch.blocks(kernel, dp, kind)
                 assert blocks["BLOCK_M"] == mmd_launch.ROWS
                 assert (dp if kernel == "pull" else mmd_launch.ROWS) % blocks["BLOCK_N"] == 0
     single, double = torch.empty(2, 4096), torch.empty(2, 3, dtype=torch.float64)
