@@ -135,8 +135,10 @@ def test_points_out_of_reach_vanish() -> None:
         value, gx = run(x, y, name, "unbiased", 1)
         assert value.isfinite()
         assert gx.isfinite().all()
-    for name in ("energy", "polynomial"):  # which do not: what overflows is no number
-        assert run(x, y * 1e8, name, "unbiased", 0)[0].isnan()
+    for name in ("energy", "polynomial"):  # which do not: what overflows, points or pairs, is no number
+        assert not run(x, y * 1e8, name, "unbiased", 0)[0].isfinite()
+    apart = torch.eye(2) * 1.45e19  # whose distance alone overflows
+    assert run(torch.zeros(2, 2), apart, "energy", "unbiased", 0)[0].isnan()
 
 
 def test_close_pairs_keep_their_distance(oracle: ModuleType) -> None:
