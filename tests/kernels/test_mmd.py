@@ -135,8 +135,10 @@ def test_points_out_of_reach_vanish() -> None:
         value, gx = run(x, y, name, "unbiased", 1)
         assert value.isfinite()
         assert gx.isfinite().all()
-    for name in ("energy", "polynomial"):  # which do not: what overflows is no number
-        assert run(x, y * 1e8, name, "unbiased", 0)[0].isnan()
+    for name in ("energy", "polynomial"):  # which do not: what overflows, points or pairs, is no number
+        assert not run(x, y * 1e8, name, "unbiased", 0)[0].isfinite()
+    apart = torch.eye(2) * 1.45e19  # whose distance alone overflows
+    assert run(torch.zeros(2, 2), apart, "energy", "unbiased", 0)[0].isnan()
 
 
 def test_close_pairs_keep_their_distance(oracle: ModuleType) -> None:
@@ -169,7 +171,7 @@ def test_the_launch_table_keeps_tiles_whole() -> None:
     for dp in (16, 32, 64, 128, 256, 4096):
         for kernel in ("grad", "value", "slope", "pull"):
             for kind in ("imq", "rational_quadratic"):
-                blocks = mmd_launch.blocks(kernel, dp, kind, "bf16x6")
+                blocks = mmd_launch.blocks(kernel, dp, kind)
                 assert blocks["BLOCK_M"] == mmd_launch.ROWS
                 assert (dp if kernel == "pull" else mmd_launch.ROWS) % blocks["BLOCK_N"] == 0
     single, double = torch.empty(2, 4096), torch.empty(2, 3, dtype=torch.float64)
