@@ -237,7 +237,7 @@ def mmd(
         distance is off by about 2⁻²³·R², R being the largest distance from that centre (the Laplacian and energy
         kernels excepted): for clusters far apart relative to the bandwidth take float64. Points that are not
         finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
-        the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
+        the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in one pass
         and O((N + M)·D) memory too. On a GPU, D > 128, float64 points, weights and the Laplacian, energy and polynomial
         kernels run on blocked matrix products instead (never in TF32).
 
