@@ -430,8 +430,10 @@ def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run takes up of the Trainer's options: the plain ones, but for display."""
-    return {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and not k.startswith("enable")}
+    """What a resumed run takes up of the Trainer's options: the plain ones, but for display and how it was started."""
+    start = ("devices", "num_nodes", "use_distributed_sampler")  # by `processes.joined`
+    plain = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and k not in start}
+    return {k: v for k, v in plain.items() if not k.startswith("enable")}
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
