@@ -45,7 +45,9 @@ class ReverseModule(LightningModule):
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         real = self._held["images"][rows.cpu()].to(self.device).flatten(1)
         count = self.batch + self.others
-        ids = torch.arange(count, device=self.device) + self.global_step * count
+        # By batches, not by the optimiser's steps, each of which may take several.
+        number = self.current_epoch * self.trainer.num_training_batches + batch_number
+        ids = torch.arange(count, device=self.device) + number * count
         made = self.generator(codes(ids, self.noise_dim, key(self.seed, 0))).flatten(1).float()
         pull, push = reverse_loss(made[: self.batch], made[self.batch :], real, self.margin)
         loss: Tensor = (pull + self.push_weight * push).mean()

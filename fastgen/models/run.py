@@ -302,13 +302,15 @@ class Clock(Callback):
 
 
 class MidEpoch(Callback):
-    """Keeps a stage's checkpoint each `every` steps; the epoch's end has its own."""
+    """Keeps a stage's checkpoint each `every` steps of the optimiser, between which the gradients of several batches
+    may be summed: they are in no checkpoint. The epoch's end has its own."""
 
     def __init__(self, file: Path, every: int) -> None:
         self.file, self.every = file, every
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_number: int) -> None:
-        if (batch_number + 1) % self.every == 0 and batch_number + 1 < trainer.num_training_batches:
+        batches = self.every * trainer.accumulate_grad_batches
+        if (batch_number + 1) % batches == 0 and batch_number + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.file)
             for logger in trainer.loggers:  # what was logged before the checkpoint is not logged again after it
                 logger.save()

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from fastgen import data
 from fastgen.check import UserError
 from fastgen.cli import main
-from fastgen.models import model_class
+from fastgen.models import imle_reverse, model_class
 from fastgen.models.gmmn import GMMN
 from fastgen.models.imle_image import IMLE, RSIMLE
 from fastgen.models.run import Run, arguments_of
@@ -281,3 +281,54 @@ def test_arguments_are_those_of_the_constructor() -> None:
             super().__init__(arguments_of(locals()))
 
     assert Model(a=2).given == {"a": 2, "b": "x"}
+
+
+class Crash(Callback):
+    """Breaks off after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, *of: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("name", ["imle", "imle-reverse"])
+def test_gradients_of_several_batches_are_not_lost_in_the_middle(
+    name: str, images: data.Images, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**SMALL_IMLE, "batch": 8, "epochs": 2, "checkpoint_every": 1}
+    if name == "imle-reverse":
+        settings |= {"reals": 8, "others": 8}
+        del settings["pool"]
+    summed = {**QUIET, "accumulate_grad_batches": 3}  # of 8 batches: steps after 3, 6 and 8
+    model_class(name)(**settings).fit(images, tmp_path / "whole", trainer=summed)
+    with pytest.raises(MemoryError):
+        model_class(name)(**settings).fit(images, tmp_path / "cut", trainer={**summed, "callbacks": [Crash(13)]})
+    state = torch.load(tmp_path / "cut" / "imle" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    model_class(name)(**settings).fit(images, tmp_path / "cut", resume=True, trainer=summed)
+    whole, cut = Run(tmp_path / "whole").load("imle"), Run(tmp_path / "cut").load("imle")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_reverse_imle_draws_codes_of_its_own_for_each_batch(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a step sums the gradients of several batches."""
+    asked: list[int] = []
+    codes = imle_reverse.codes
+
+    def kept(ids: torch.Tensor, dim: int, seed: int) -> torch.Tensor:
+        asked.extend(ids.tolist())
+        return codes(ids, dim, seed)
+
+    monkeypatch.setattr(imle_reverse, "codes", kept)
+    settings: dict[str, Any] = {**SMALL_IMLE, "reals": 16, "batch": 3, "others": 4, "epochs": 2}
+    del settings["pool"]
+    model_class("imle-reverse")(**settings).fit(
+        images, tmp_path / "run", trainer={**QUIET, "accumulate_grad_batches": 2}
+    )
+    assert asked == list(range(2 * 4 * 7))
