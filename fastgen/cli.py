@@ -143,7 +143,9 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
 
 
 def _wants_resume(argv: list[str]) -> bool:
-    return any(a == "--resume" or (a.startswith("--resume=") and a.lower() != "--resume=false") for a in argv)
+    given = [(a, (*argv[i + 1 :], "")[0]) for i, a in enumerate(argv) if a.split("=")[0] == "--resume"]
+    said = [a.partition("=")[2] or after for a, after in given]
+    return bool(said) and said[-1].lower() != "false"
 
 
 def _stored(name: str, argv: list[str]) -> list[str]:

@@ -125,6 +125,18 @@ def fingerprint(images: Images) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def is_fingerprint(mark: Any) -> bool:
+    """Whether `mark`, read from a file, can be one; None is that of a run that began without."""
+    if mark is None:
+        return True
+    if not isinstance(mark, dict) or not isinstance(mark.get("sha256"), str):
+        return False
+    return all(
+        isinstance(sizes := mark.get(name), list) and len(sizes) == count and all(isinstance(n, int) for n in sizes)
+        for name, count in (("images", 2), ("shape", 3))
+    )
+
+
 def described(mark: dict[str, Any]) -> str:
     """A fingerprint in words."""
     (train, test), shape = mark["images"], "x".join(map(str, mark["shape"]))

@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.fresh = False  # whether `start` claimed the folder just now
+        self.fresh = self.made = False  # whether `start` claimed the folder just now, and whether it made it
         try:
             self.record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         except FileNotFoundError:
@@ -47,8 +47,10 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'run.json'} cannot be read: {error}") from None
         wanted = {"model": str, "data": str, "arguments": dict}
-        if not isinstance(self.record, dict) or any(
-            not isinstance(self.record.get(key), kind) for key, kind in wanted.items()
+        if (
+            not isinstance(self.record, dict)
+            or any(not isinstance(self.record.get(key), kind) for key, kind in wanted.items())
+            or not data.is_fingerprint(self.record.get("fingerprint"))
         ):
             raise UserError(
                 f"{self.path / 'run.json'} is not what `fastgen train` wrote: expected model, data, arguments"
@@ -84,7 +86,12 @@ class Run:
             run = cls(folder)
             before = _flat(run.record)
             for key, value in _flat(json.loads(json.dumps(record))).items():  # a tuple comes back as a list
-                if (old := before.get(key)) != value:
+                if key not in before:
+                    raise UserError(
+                        f"{key}: the run in {folder} was begun by a fastgen that did not know it, and cannot be "
+                        "resumed by this one; start another"
+                    )
+                if (old := before[key]) != value:
                     raise UserError(
                         f"{key}: the run in {folder} has {old!r}, got {value!r}; leave it out to resume that run"
                     )
@@ -97,10 +104,11 @@ class Run:
             raise UserError(f"resume: {folder} holds no run yet: leave --resume out to start one")
         data.read_through(images)
         record["fingerprint"] = data.fingerprint(images)
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", {**record, "version": __version__})
         run = cls(folder)
-        run.fresh = True
+        run.fresh, run.made = True, made
         return run
 
     def same_data(self, images: data.Images) -> None:
@@ -119,7 +127,7 @@ class Run:
         for name in ("run", "trainer", "seconds", "peak_rss"):
             (self.path / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(self.path / "logs", ignore_errors=True)
-        if not any(self.path.iterdir()):
+        if self.made and not any(self.path.iterdir()):  # it may else be a link, or the folder we are in
             self.path.rmdir()
 
     def checkpoint(self, stage: str) -> Path:
@@ -233,18 +241,20 @@ class Run:
         write_json(self.path / "seconds.json", seconds)
 
     def seconds(self) -> dict[str, float]:
-        return self.read("seconds.json")
+        return self.read("seconds.json", float)
 
     def note_peak(self, command: str) -> None:
         """Keep the bytes of this process's largest resident set in peak_rss.json, under the command's name."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        write_json(self.path / "peak_rss.json", {**self.read("peak_rss.json"), command: peak})
+        write_json(self.path / "peak_rss.json", {**self.read("peak_rss.json", int), command: peak})
 
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; {} where it is not there."""
+    def read(self, name: str, values: type = object) -> dict[str, Any]:
+        """A JSON object of the run, its values of that type; {} where the file is not there."""
         file = self.path / name
         try:
             found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+            if not isinstance(found, dict) or not all(isinstance(value, values) for value in found.values()):
+                raise ValueError(f"expected an object of {values.__name__}s, by name")
         except ValueError as error:
             raise UserError(f"{file} cannot be read: {error}; move it away") from None
         return found

@@ -332,3 +332,51 @@ def test_reverse_imle_draws_codes_of_its_own_for_each_batch(
         images, tmp_path / "run", trainer={**QUIET, "accumulate_grad_batches": 2}
     )
     assert asked == list(range(2 * 4 * 7))
+
+
+def test_a_folder_that_was_there_stays(images: data.Images, tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for out in (folder, link):
+        with pytest.raises(UserError, match="as many processes as run"):
+            WAEMMD(**WAE).fit(images, out, trainer={**QUIET, "devices": 2})
+        assert link.is_symlink()
+        assert list(folder.iterdir()) == []
+
+
+def test_resume_false_starts(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wanted = ["train", "wae-mmd", "--data=digits", f"--out={out}", "--resume", "false"]
+    assert main([*wanted, *flags(WAE), "--trainer.limit_train_batches=1"]) == 0
+    assert main(["train", "wae-mmd", f"--out={out}", "--resume", "true", *QUICK]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("seconds", "[]"), ("seconds", '{"wae": "long"}'), ("peak_rss", "3"), ("trainer", "[1]"), ("run", None)],
+)
+def test_files_that_are_not_what_was_written_are_named(
+    file: str, text: str | None, images: data.Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"model": "wae-mmd", "data": "digits", "arguments": WAEMMD(**WAE).arguments}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    for mark in (5, "x", [], {"images": [1]}, {"images": [48, 12], "shape": [1, 8, 8]}) if text is None else ({},):
+        (tmp_path / f"{file}.json").write_text(text or json.dumps({**record, "fingerprint": mark}))
+        assert main(["train", "wae-mmd", f"--out={tmp_path}", "--resume", *QUICK]) == 2
+        assert f"{tmp_path / file}.json " in capsys.readouterr().err
+
+
+def test_arguments_that_a_run_began_without_are_told(
+    images: data.Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    WAEMMD(**WAE).fit(images, out, trainer={**QUIET, "limit_train_batches": 1})
+    record = json.loads((out / "run.json").read_text())
+    del record["fingerprint"]  # older runs have none: they go on with the data that is there
+    (out / "run.json").write_text(json.dumps(record))
+    WAEMMD(**WAE).fit(images, out, resume=True, trainer=QUIET)
+    del record["arguments"]["prior"]
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"prior: the run in .* was begun by a fastgen that did not know it"):
+        WAEMMD(**WAE).fit(images, out, resume=True, trainer=QUIET)
