@@ -7,6 +7,7 @@ its kernels on all cores before it uses the GPU.
 import argparse
 import concurrent.futures
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -202,23 +203,28 @@ def search(
 
 def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]]:
     """step -> kernel, key, candidates, the table's own, family, name of the ahead-of-time spec, work to time."""
-    from fastgen.kernels import mmd_launch
+    from fastgen.kernels import launch, mmd_launch, nearest_launch
 
     found: dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]] = {}
-    columns = [n for n in (16, 32, 64, 128) if mmd_launch.ROWS % n == 0]
-    grid = [
-        {"BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for n in columns
-        for warps in (4, 8)
-        for stages in (1, 2, 3, 4)
-    ]
-    for kernel in ("grad", "value"):
-        for dp in (16, 64, 128):
+    loops = [{"num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (1, 2, 3, 4)]
+    grid = [{"BLOCK_N": n, **loop} for n in (16, 32, 64, 128) for loop in loops]
+    for kernel, sizes in (("grad", (16, 64, 128)), ("value", (16, 64, 128)), ("slope", (512,))):
+        for dp in sizes:
             default = {k: v for k, v in mmd_launch.blocks(kernel, dp).items() if k != "BLOCK_M"}
             spec, work = f"{kernel} imq_pairs D={dp} bf16x3", f"mmd {kernel} {dp}"
             found[f"mmd_{kernel} D={dp}"] = (f"mmd_{kernel}", f"D={dp}", grid, default, "mmd", spec, work)
     orders = [{"largest_first": list(order)} for order in ((1024, 512, 256, 128), (512, 256, 128), (256, 128), (128,))]
-    found["langevin groups"] = ("langevin", "groups", orders, orders[1], "langevin", "", "langevin")
+    found["langevin groups"] = ("langevin", "groups", orders, orders[1], "langevin", "", "langevin step 0")
+    for channels in (64, 128, 256, 512):
+        pixels = [{"BLOCK_P": tile // channels, "num_warps": w} for tile in (2048, 4096, 8192) for w in (2, 4, 8)]
+        default = {k: v for k, v in launch.lpips_blocks(channels).items() if k != "BLOCK_C"}
+        spec, work = f"grad fp32 C={channels} planes", f"perceptual layer {channels}"
+        found[f"lpips C={channels}"] = ("lpips", f"C={channels}", pixels, default, "perceptual", spec, work)
+    for width, d in ((64, 64), (128, 128), (0, 784)):
+        default = nearest_launch.filter_options(width)
+        spec, work = f"filter {width or 'wide'}", f"nearest filter {d}"
+        key = f"RESIDENT={width}"
+        found[f"nearest_filter {key}"] = ("nearest_filter", key, loops, default, "nearest", spec, work)
     return found
 
 
@@ -247,7 +253,7 @@ def tune(stage: Stage) -> int:
 
 
 def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:
-    """Only what differs from the table in launch.py."""
+    """Only what differs from what the launchers choose by themselves."""
     table: dict[str, dict[str, Configuration]] = {}
     for step, outcome in stage.done.items():
         kernel, key, _, default, *_ = known[step]
@@ -276,16 +282,31 @@ def _refused(family: str, name: str) -> str | None:
     return f"spills {row['stack']} bytes" if row["stack"] else None
 
 
+def _work(named: str) -> Any:
+    """What a search times: one family's benchmark in which the kernel that it is about does most."""
+    from benchmarks import langevin, mmd, nearest, perceptual
+
+    family, kernel, size = named.split()
+    if family == "langevin":
+        return langevin._step((1024, 3, 64, 64), torch.float32, "step")
+    if family == "mmd":
+        return mmd._imq(8192, 8192, int(size), 0 if kernel == "value" else 2)
+    if family == "nearest":
+        return nearest._work(16_384, 131_072, int(size))
+    whole = perceptual._epilogue_work(16, 128, False)
+    layer = perceptual.CHANNELS.index(int(size))
+
+    def inputs(device: torch.device) -> dict[str, Any]:
+        return {name: maps[layer : layer + 1] for name, maps in whole.inputs(device).items()}
+
+    return dataclasses.replace(whole, name=f"LPIPS from {size} channels", inputs=inputs)
+
+
 def _timed(work: str) -> float:
     """Of a right result on this GPU, the least of five rounds."""
-    from benchmarks import langevin, mmd
     from benchmarks.harness import Local, checked
 
-    if work == "langevin":
-        found = langevin._step((1024, 3, 64, 64), torch.float32, "step")
-    else:
-        _, kernel, d = work.split()
-        found = mmd._imq(8192, 8192, int(d), 2 if kernel == "grad" else 0)
+    found = _work(work)
     device = torch.device("cuda")
     inputs = found.inputs(device)
     row: dict[str, Any] = {}

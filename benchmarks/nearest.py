@@ -36,7 +36,7 @@ STREAMED = {
 }
 # Where FAISS's search on a CPU goes wrong without a word.
 BAD = {"demo": [], "quick": [(2000, 20_000, 64)], "full": [(10_000, 10_000, 64)], "huge": [(10_000, 10_000, 64)]}
-RING = {"demo": [], "quick": [], "full": [(8000, 40_000, 64)], "huge": [(8000, 40_000, 64)]}
+RING = {"demo": [], "quick": [], "full": [(8000, 80_000, 64)], "huge": [(8000, 80_000, 64)]}
 CHUNK = 50_000
 CHECKED = 500  # queries that the oracle answers
 Inputs = tuple[Tensor, Tensor]

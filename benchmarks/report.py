@@ -39,7 +39,7 @@ README_ROWS = [
     ("exact nearest, 10,000 x 10,000 x 64", "nearest", "top-1 of 10000 x 10000 x 64"),
     ("exact nearest, 10,000 x 10,000 x 784", "nearest", "top-1 of 10000 x 10000 x 784"),
     ("exact nearest of a million streamed rows, 1000 x 64", "nearest", "top-1 of 1000 x 1000000 x 64, streamed"),
-    ("exact nearest in a ring of processes, one thread each", "nearest", "top-1 of 8000 x 40000 x 64, a thread each"),
+    ("exact nearest in a ring of processes, one thread each", "nearest", "top-1 of 8000 x 80000 x 64, a thread each"),
 ]
 README_GPU_ROWS = [
     (

@@ -118,7 +118,12 @@ def elements_of(constexprs: dict[str, Any], loop: bool) -> tuple[int, str]:
     """What one turn of the loop, or one program, handles, and its name; (0, "") where the names do not tell."""
     blocks = [v for k, v in constexprs.items() if k.startswith("BLOCK") and isinstance(v, int)]
     if loop and {"BLOCK_M", "BLOCK_N"} <= set(constexprs):
-        return int(constexprs["BLOCK_M"]) * int(constexprs["BLOCK_N"]), "pair"
+        pairs = int(constexprs["BLOCK_M"]) * int(constexprs["BLOCK_N"])
+        if "INNER" in constexprs:  # a slab's product with the points: a turn takes some of its columns
+            return pairs * int(constexprs["BLOCK_K"]), "product"
+        if 0 < constexprs.get("DC", 0) < constexprs["DP"]:  # some of the coordinates
+            return pairs * int(constexprs["DC"]), "product"
+        return pairs, "pair"
     if not loop and isinstance(constexprs.get("GROUPS"), int):
         return 4 * int(constexprs["GROUPS"]), "element"
     if not loop and len(blocks) == 1:

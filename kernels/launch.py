@@ -43,6 +43,8 @@ def lpips_blocks(channels: int) -> dict[str, int]:
 
     512 channels leave 8 pixels: whole sectors of 32 bytes where channels lie in planes of float32."""
     block_c = max(16, 1 << (channels - 1).bit_length())
+    if (found := tuned.find("lpips", f"C={block_c}")) is not None:
+        return {"BLOCK_C": block_c, **found}
     return {"BLOCK_P": min(256, max(1, LPIPS_TILE // block_c)), "BLOCK_C": block_c, "num_warps": 4}
 
 

@@ -40,14 +40,15 @@ def resident(kind: str, precision: str, tensor_memory: bool) -> int:
 
 def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3") -> dict[str, int]:
     """Blocks, num_warps and num_stages of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or "bend", which is
-    `_mmd_slope_kernel` for the Hessian."""
+    `_mmd_slope_kernel` for the Hessian. What was searched for was searched with WAE's kernel in the default precision:
+    what needs more registers or shared memory might not run with it."""
     narrow = {"BLOCK_M": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if kernel == "bend" or (kind == "rational_quadratic" and kernel in ("value", "slope")):
         return narrow
     if kernel == "pull":
-        wide = min(dp, 64 if precision == "bf16x6" else 128)
-        return {**narrow, "BLOCK_N": wide, "BLOCK_K": 32}
-    if (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
+        return {**narrow, "BLOCK_N": min(dp, 64), "BLOCK_K": 32}
+    searched = kind not in COSTLY and precision == "bf16x3"
+    if searched and (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
         return {"BLOCK_M": ROWS, **found}
     return narrow if kernel == "grad" or 64 < dp <= 128 else {**narrow, "BLOCK_N": 64}
 
@@ -185,8 +186,8 @@ class _Packed:
 
         v, along = directions if directions is not None else (None, None)
         scratch = [self.z.new_empty(self.items, *self.slab) for _ in range(1 if v is None else 2)]
-        blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind)
-        blocks_pull = blocks("pull", self.dp, self.kind, self.precision)
+        blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind, self.precision)
+        blocks_pull = blocks("pull", self.dp)
         for side, result in enumerate(out):
             for row, rows, column, columns in self.slabs(side, terms):
                 kernels._mmd_slope_kernel[(rows // ROWS, columns // blocks_slope["BLOCK_N"], self.items)](
@@ -274,7 +275,7 @@ def mmd(
         sizes = (packed.n, packed.m, packed.d, packed.padded_n, packed.padded)
         total = 0
         if graded and packed.deep:
-            slots = packed.slab[1] // blocks("slope", packed.dp, kind)["BLOCK_N"]
+            slots = packed.slab[1] // blocks("slope", packed.dp, kind, packed.precision)["BLOCK_N"]
             of_slabs = x.new_zeros(packed.items, graded, slots, dtype=torch.float64)
             packed.through_slabs(gradients, terms, None, of_slabs)
             total = of_slabs.sum((1, 2))
@@ -291,7 +292,7 @@ def mmd(
                 TERMS=terms,
                 BOTH=sides == 2,
                 **packed.options,
-                **blocks("grad", packed.dp),
+                **blocks("grad", packed.dp, kind, packed.precision),
             )
         if graded < last:
             kernels._mmd_value_kernel[(last - graded, packed.items)](
@@ -304,7 +305,7 @@ def mmd(
                 TERMS=terms,
                 DC=CHUNK if packed.deep else packed.dp,
                 **packed.options,
-                **blocks("value", packed.dp, kind),
+                **blocks("value", packed.dp, kind, packed.precision),
             )
         total = total + partial.sum(-1)
         if estimator == "biased" and kind not in ("energy", "polynomial"):

@@ -106,7 +106,7 @@ def _mmd_slope_kernel(
         k *= weight
         w *= weight
     slab = (item * rows + tl.program_id(0) * BLOCK_M) * columns + tl.program_id(1) * BLOCK_N
-    cell = row[:, None].to(tl.int64) * columns + column[None, :]
+    cell = row[:, None] * columns + column[None, :]
     tl.store(slope_ptr + slab + cell, w * factor)
     if v_ptr is not None:
         v_ptr += item * padded * DP
@@ -165,8 +165,8 @@ def _mmd_pull_kernel(
     gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     slopes = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, pulled, BLOCK_K):
-        w = tl.load(slope_ptr + row[:, None].to(tl.int64) * columns + start + inner[None, :])
-        o = tl.load(there + (start + inner)[:, None].to(tl.int64) * DP + dim[None, :])
+        w = tl.load(slope_ptr + row[:, None] * columns + start + inner[None, :])
+        o = tl.load(there + start.to(tl.int64) * DP + inner[:, None] * DP + dim[None, :])
         gradient = tl.dot(w, o, gradient, input_precision=PRECISION)
         slopes += tl.sum(w, 1)
     first = tl.cast(first_row + tile, tl.int64)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from fastgen.kernels import tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
@@ -28,6 +29,13 @@ def fits(points: Tensor, mask: Tensor | None) -> bool:
 def resident(blocks: int) -> int:
     """Width up to which a tile of queries stays in shared memory, as the kernel wants it; 0 beyond."""
     return blocks * BLOCK_K if blocks in (1, 2) else 0
+
+
+def filter_options(width: int) -> dict[str, int]:
+    """num_warps and num_stages of `_nearest_filter_kernel` for queries that are `width` columns resident."""
+    if (found := tuned.find("nearest_filter", f"RESIDENT={width}")) is not None:
+        return found
+    return {"num_warps": 8, "num_stages": STAGES if torch.version.hip is None else STAGES_HIP}
 
 
 def splits(n: int, m: int) -> tuple[int, int]:
@@ -124,8 +132,7 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        num_warps=8,
-        num_stages=STAGES if torch.version.hip is None else STAGES_HIP,
+        **filter_options(resident(blocks)),
     )
     index = query.new_empty(n, dtype=torch.int64)
     distance = query.new_empty(n, dtype=torch.float32)
@@ -173,7 +180,7 @@ def specs() -> list[Spec]:
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
     for width in (128, 0, 64):
         constants = {**blocks, "RESIDENT": width}
-        launch = {"num_warps": 8, "num_stages": STAGES, "hip": {"num_stages": STAGES_HIP}}
+        launch = {**filter_options(width), "hip": {"num_stages": STAGES_HIP}}
         listed.append(_spec(f"filter {width or 'wide'}", filtering, types, constants, **launch))
     for dtype in ("fp32", "bf16", "fp16"):
         points = {**types, **dict.fromkeys(("x_ptr", "query_ptr", "database_ptr"), f"*{dtype}")}

@@ -14,6 +14,7 @@ _forced: str | None = None
 
 CPP = frozenset({"mmd", "langevin", "perceptual", "nearest"})
 TRITON = frozenset({"mmd", "langevin", "perceptual", "nearest"})
+_BUT = {"mmd": "; reference for float64, degrees over 16, second derivatives of Laplacian and energy"}
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def explain(family: str, device_type: str) -> tuple[str, str]:
         return "reference", "no Triton kernel for this family yet"
     if not has_triton():
         return "reference", "triton is not installed (pip install 'fastgen[triton]')"
-    return "triton", "triton"
+    return "triton", "triton" + _BUT.get(family, "")
 
 
 @contextmanager

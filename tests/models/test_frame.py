@@ -17,7 +17,7 @@ from fastgen.check import UserError
 from fastgen.functional import langevin_noise
 from fastgen.models.frame import WFRAME, DeepFRAME, GenerativeConvNet, match_table
 from fastgen.models.frame_learner import PIXELS, ConvScore, FilterScore, Learner
-from fastgen.models.run import Run
+from fastgen.models.run import Run, generator
 from fastgen.nn import trunk as make_trunk
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
@@ -115,6 +115,17 @@ def test_chains_follow_the_equation_with_recorded_noise(texture: data.Images, or
     torch.testing.assert_close(energy, learner.energy(before))
     prior = before.double().square().sum((1, 2, 3)) / (2 * 0.8**2)
     torch.testing.assert_close(energy.double(), prior - learner.score(before).double(), rtol=1e-5, atol=1e-3)
+
+
+def test_rounds_go_on_with_new_noise(texture: data.Images, tmp_path: Path, oracle: ModuleType) -> None:
+    """With λ held at nothing the chains are those of the reference alone, their noise counted over the rounds."""
+    plain = {"lr": 1e-30, "optimizer": "sgd", "step_final": 1.0, "step_size": 0.01, "reference_scale": 0.8}
+    model = DeepFRAME(**{**DEEP, **plain, "epochs": 1})
+    learner = model.fit(texture, tmp_path / "run", trainer={**QUIET, "limit_train_batches": 3}).learner
+    start = learner.start(4, generator(0, 0, 3), (1, 16, 16))
+    noise = [langevin_noise(start, seed=0, step=k) for k in range(9)]
+    expected = oracle.langevin(start, torch.zeros_like, noise, step_size=0.01, sigma=0.8)
+    torch.testing.assert_close(learner.chains.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_parameter_step_of_deep_frame(texture: data.Images, tmp_path: Path, oracle: ModuleType) -> None:
@@ -284,10 +295,13 @@ def test_restarts_happen_as_often_as_asked(images: data.Images) -> None:
     assert abs(float(fresh.float().mean()) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)
 
 
-def test_divergence_is_said_and_the_run_kept(texture: data.Images, tmp_path: Path) -> None:
+def test_divergence_is_said_and_the_folder_given_back(texture: data.Images, tmp_path: Path) -> None:
+    model = DeepFRAME(**{**DEEP, "step_size": 1e3}, lr=1.0)
     with pytest.raises(UserError, match="the chains diverged before Langevin step"):
-        DeepFRAME(**{**DEEP, "step_size": 1e3}, lr=1.0).fit(texture, tmp_path / "run", trainer=QUIET)
-    assert (tmp_path / "run" / "run.json").exists()
+        model.fit(texture, tmp_path / "run", trainer=QUIET)
+    assert model.learner is not None  # what it had recorded can be read
+    assert not model.learner.chains.abs().max() < 1e3
+    assert not (tmp_path / "run" / "run.json").exists()  # before a checkpoint there is nothing to keep
 
 
 @pytest.mark.parametrize(
