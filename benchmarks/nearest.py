@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import nearest_ring
-from benchmarks.harness import Provider, Run, Work
+from benchmarks.harness import DEVICES, Provider, Run, Work
 
 # (N, M, D)
 GRID = {
@@ -53,22 +53,24 @@ def works(scale: str) -> list[Work]:
 
 def growing(series: str, n: int) -> Work:
     work = _work(n, n, 64)  # without those whose time ends the search long before memory does
-    return replace(work, providers={name: one for name, one in work.providers.items() if name != "keops"})
+    slow = ("keops", "torch.compile")
+    return replace(work, providers={name: one for name, one in work.providers.items() if name not in slow})
 
 
 GROWING = ("top-1",)
 
 
 def _work(n: int, m: int, d: int, scale: str = "full") -> Work:
+    few = ("cuda",) if (scale, d) in (("full", 128), ("full", 800)) else DEVICES  # between and beside those of all
     providers: dict[str, Any] = {
         "fastgen": fastgen,
         "faiss": Provider(faiss, outside=True),
         # On a CPU its search takes seconds where others take milliseconds: shown where the sizes start small.
-        **({} if scale in ("demo", "quick") else {"keops": Provider(keops, outside=True)}),
+        **({} if scale in ("demo", "quick") else {"keops": Provider(keops, few, outside=True)}),
         "flash-kmeans": Provider(flash_kmeans, ("cuda",)),
         "eager": eager,
-        "torch.cdist": cdist,
-        "torch.compile": compiled,
+        "torch.cdist": Provider(cdist, few),
+        "torch.compile": Provider(compiled, few),
     }
     return Work(
         "nearest",

@@ -63,8 +63,9 @@ class Team:
     def __call__(self) -> tuple[Tensor, Tensor]:
         for process in self.processes:
             assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
+            with contextlib.suppress(OSError):  # one that has ended: _wait says so
+                process.stdin.write("\n")
+                process.stdin.flush()
         self._wait()
         return self.found
 

@@ -533,16 +533,17 @@ def works(scale: str) -> list[Work]:
             _glann_work(8, 32),
             _step_work(64, 28),
         ]
+    huge = scale == "huge"  # torch.compile takes a minute for VGG16, and another where its memory is measured
     found = [
-        *(_epilogue_work(4, size, last, compiled=size == 128) for size in (64, 128, 256) for last in (False, True)),
-        *(_lpips_work(net, 2, 64, compiled=net == "vgg") for net in NETS),
-        *(_lpips_work(net, 2, 128) for net in NETS),
-        *(_lpips_work(net, 1, 256) for net in NETS),
-        _glann_work(16, 32),
+        *(_epilogue_work(4, size, False, compiled=size == 128) for size in (64, 128, 256)),
+        _epilogue_work(4, 128, True, compiled=huge),
+        *(_lpips_work(net, 2, size, compiled=huge) for net in NETS for size in (64, 128)),
+        *(_lpips_work(net, 1, 256, compiled=huge) for net in NETS),
         _glann_work(4, 64),
         _step_work(64, 28),
     ]
-    if scale == "huge":
+    if huge:
+        found += [_epilogue_work(4, size, True) for size in (64, 256)] + [_glann_work(16, 32)]
         found += [_lpips_work(net, 2, 256) for net in NETS]
         found += [_step_work(64, 32), _epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
     return found

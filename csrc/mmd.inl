@@ -92,7 +92,8 @@ struct Pairs {
     static constexpr int fields = second ? 2 : 1;     // of points: z, and the directions v
     static constexpr int gradients = second ? 2 : 1;  // the order of a sweep that makes them
     static constexpr int largest = 128;               // rows of a tile
-    static constexpr int kept = 4096;                 // slopes, of as many whole rows, before the gradients' products
+    static constexpr int chunk = 256;                 // coordinates of a panel's products made at once
+    static constexpr int kept = largest * largest;    // slopes of a task, before the gradients' products
     static constexpr Metric metric = Kernel::metric;
     static constexpr T no_pair = metric == direct ? far<T> : -far<T>;  // what a sweep's sum is for a pair that is none
 
@@ -106,10 +107,9 @@ struct Pairs {
     std::vector<double> sums;               // of each tile
     double coefficient[3], pull[3], unit;   // of XX, YY, XY: in the value, and in the gradient relative to one of them
 
-    static int64_t tile_rows(int64_t points, int64_t d) {
-        // Large tiles are fetched less often for each pair; a panel of columns stays in the second-level cache, and few
-        // points still make many tasks.
-        return points <= 1024 || d > 2048 ? 64 : 128;
+    static int64_t tile_rows(int64_t points) {
+        // Large tiles are fetched less often for each pair, and few points still make many tasks.
+        return points <= 512 ? 64 : 128;
     }
 
     Pairs(const MmdArguments<T>& arguments_)
@@ -119,7 +119,7 @@ struct Pairs {
           width(arguments_.d <= lanes / 2 ? lanes / 2 : (arguments_.d + lanes - 1) / lanes * lanes),
           // An odd number of cache lines from row to row: a power of two would put all rows into the same few sets.
           stride(width >= 8 * lanes && width / lanes % 2 == 0 ? width + lanes : width),
-          tile(tile_rows(arguments_.n + arguments_.m, arguments_.d)),
+          tile(tile_rows(arguments_.n + arguments_.m)),
           tiles_x((arguments_.n + tile - 1) / tile),
           tiles_y((arguments_.m + tile - 1) / tile),
           tiles(tiles_x + tiles_y),
@@ -137,6 +137,7 @@ struct Pairs {
 
     T* rows_of(int64_t t, int field = 0) const { return rows.data + (field * tiles + t) * tile * stride; }
     T* panels_of(int64_t t, int field = 0) const { return panels.data + (field * tiles + t) * tile * d; }
+    T* gradient_of(int64_t t) const { return gradient.data + t * tile * stride; }
     T* slopes_of(int64_t t, int field = 0) const { return slopes.data + (field * tiles + t) * tile; }
 
     void set_coefficients(int64_t item) {
@@ -166,12 +167,14 @@ struct Pairs {
             const T* source = points_of(item, t, field);
             T *z = rows_of(t, field), *p = panels_of(t, field);
             std::memset(z, 0, tile * stride * sizeof(T));
+            const double* middle = centre.data() + field * d;
             for (int64_t i = 0; i < count && source != nullptr; ++i)
-                for (int64_t c = 0; c < d; ++c)
-                    z[i * stride + c] = T((source[i * d + c] - centre[field * d + c]) * scale);
+                for (int64_t c = 0; c < d; ++c) z[i * stride + c] = T((source[i * d + c] - middle[c]) * scale);
             for (int64_t block = 0; block < tile; block += panel)
-                for (int64_t c = 0; c < d; ++c)
-                    for (int64_t l = 0; l < panel; ++l) p[block * d + c * panel + l] = z[(block + l) * stride + c];
+                for (int64_t c0 = 0; c0 < d; c0 += lanes)  // a cache line of each row
+                    for (int64_t l = 0; l < panel; ++l)
+                        for (int64_t c = c0; c < std::min(d, c0 + lanes); ++c)
+                            p[block * d + c * panel + l] = z[(block + l) * stride + c];
             std::memset(slopes_of(t, field), 0, tile * sizeof(T));
         }
         T* h = half.data + t * tile;
@@ -187,65 +190,90 @@ struct Pairs {
                                      : arguments.y_weight + item * arguments.m + (t - tiles_x) * tile;
             for (int64_t i = 0; i < tile; ++i) weights.data[t * tile + i] = i < count ? w[i] : T(0);
         }
-        if (wants_gradient(t)) std::memset(gradient.data + t * tile * stride, 0, tile * stride * sizeof(T));
+        if (wants_gradient(t)) std::memset(gradient_of(t), 0, tile * stride * sizeof(T));
         sums[t] = 0;
     }
 
     double product(const T* a, const T* b) const {
-        double sum = 0;
-        for (int64_t c = 0; c < d; ++c) sum += double(a[c]) * double(b[c]);
+        constexpr int side = lanes / 2;
+        double sums[side] = {}, sum = 0;
+        for (int64_t c = 0; c < width; c += side)
+            for (int l = 0; l < side; ++l) sums[l] += double(a[c + l]) * double(b[c + l]);
+        for (const double s : sums) sum += s;
         return sum;
     }
 
-    // s += ⟨z_a, v_b⟩ + ⟨v_a, z_b⟩, or ⟨z_a − z_b, v_a − v_b⟩, for `strip` rows from i of tile a and a panel from j of tile b.
-    FASTGEN_INLINE void add_projections(int64_t a, int64_t b, int64_t i, int64_t j, V (&s)[strip][2]) const {
-        const T *z = rows_of(a) + i * stride, *v = rows_of(a, 1) + i * stride;
-        const T *pz = panels_of(b) + j * d, *pv = panels_of(b, 1) + j * d;
-        for (int64_t c = 0; c < d; ++c)
-            for (int half_panel = 0; half_panel < 2; ++half_panel) {
-                const V zb = *(const V*)(pz + c * panel + half_panel * lanes);
-                const V vb = *(const V*)(pv + c * panel + half_panel * lanes);
-                for (int r = 0; r < strip; ++r) {
-                    const T za = z[r * stride + c], va = v[r * stride + c];
-                    if constexpr (metric == direct)
-                        s[r][half_panel] += (zb - za) * (vb - va);
-                    else
-                        s[r][half_panel] += zb * va + vb * za;
-                }
-            }
+    // u += what `add` makes of a row's and a panel's coordinate c, for a chunk of them, `strip` rows and a panel.
+    template <class Add>
+    FASTGEN_INLINE void accumulate(int64_t chunk, T* out, Add&& add) const {
+        V u[strip][2];
+        for (int r = 0; r < strip; ++r)
+            for (int v = 0; v < 2; ++v) u[r][v] = *(const V*)(out + r * tile + v * lanes);
+        for (int64_t c = 0; c < chunk; ++c) add(c, u);
+        for (int r = 0; r < strip; ++r)
+            for (int v = 0; v < 2; ++v) *(V*)(out + r * tile + v * lanes) = u[r][v];
     }
 
-    // `strip` rows from i against all columns of tile b: the sum of the kernel, and of order 1 the slopes into w, of order 2
-    // the bends times the projections beyond them.
+    // For `filled` rows of tile a and the columns of tile b: −½d², d² or products into w, and of second order, beyond
+    // them, ⟨z_a, v_b⟩ + ⟨v_a, z_b⟩ or ⟨z_a − z_b, v_a − v_b⟩. A chunk of the columns' coordinates stays in the cache for
+    // all rows.
+    __attribute__((noinline)) void products(int64_t a, int64_t b, int64_t filled, int64_t columns, T* w) const {
+        for (int64_t r = 0; r < filled; ++r) {
+            const T h = half.data[a * tile + r];
+            for (int64_t j = 0; j < columns; j += lanes)
+                *(V*)(w + r * tile + j) = *(const V*)(half.data + b * tile + j) + h;
+        }
+        if (second) std::memset(w + kept, 0, filled * tile * sizeof(T));
+        for (int64_t c0 = 0; c0 < d; c0 += chunk)
+            for (int64_t r = 0; r < filled; r += strip)
+                for (int64_t j = 0; j < columns; j += panel) {
+                    const T *z = rows_of(a) + r * stride + c0, *p = panels_of(b) + j * d + c0 * panel;
+                    const int64_t count = std::min<int64_t>(chunk, d - c0), step = stride;
+                    T* out = w + r * tile + j;
+                    accumulate(count, out, [=](int64_t c, V(&u)[strip][2]) FASTGEN_INLINE_LAMBDA {
+                        const V p0 = *(const V*)(p + c * panel), p1 = *(const V*)(p + c * panel + lanes);
+                        for (int k = 0; k < strip; ++k) {
+                            const T s = z[k * step + c];
+                            if constexpr (metric == direct) {
+                                const V d0 = p0 - s, d1 = p1 - s;
+                                u[k][0] += d0 * d0;
+                                u[k][1] += d1 * d1;
+                            } else {
+                                u[k][0] += p0 * s;
+                                u[k][1] += p1 * s;
+                            }
+                        }
+                    });
+                    if constexpr (second) {
+                        const T *v = rows_of(a, 1) + r * stride + c0, *q = panels_of(b, 1) + j * d + c0 * panel;
+                        accumulate(count, out + kept, [=](int64_t c, V(&u)[strip][2]) FASTGEN_INLINE_LAMBDA {
+                            for (int half_panel = 0; half_panel < 2; ++half_panel) {
+                                const V zb = *(const V*)(p + c * panel + half_panel * lanes);
+                                const V vb = *(const V*)(q + c * panel + half_panel * lanes);
+                                for (int k = 0; k < strip; ++k) {
+                                    const T za = z[k * step + c], va = v[k * step + c];
+                                    if constexpr (metric == direct)
+                                        u[k][half_panel] += (zb - za) * (vb - va);
+                                    else
+                                        u[k][half_panel] += zb * va + vb * za;
+                                }
+                            }
+                        });
+                    }
+                }
+    }
+
+    // The kernel's sum over `strip` rows from i and the columns of tile b, whose products are in w; and there in their place,
+    // of order 1, the slopes, of order 2 also the bends times the projections.
     template <int order, bool weighing>
     __attribute__((noinline)) double sweep(int64_t a, int64_t b, int64_t i, int64_t columns, bool diagonal, T* w,
                                            V* column_slopes, T pulled) const {
         V total{};
         V row_slopes[fields][strip] = {};
-        const T* z = rows_of(a) + i * stride;
-        const T* h = half.data + a * tile + i;
         for (int64_t j = 0; j < columns; j += panel) {
-            const T* p = panels_of(b) + j * d;
             V u[strip][2];
-            const V h0 = *(const V*)(half.data + b * tile + j), h1 = *(const V*)(half.data + b * tile + j + lanes);
-            for (int r = 0; r < strip; ++r) {
-                u[r][0] = h0 + h[r];
-                u[r][1] = h1 + h[r];
-            }
-            for (int64_t c = 0; c < d; ++c) {
-                const V p0 = *(const V*)(p + c * panel), p1 = *(const V*)(p + c * panel + lanes);
-                for (int r = 0; r < strip; ++r) {
-                    const T s = z[r * stride + c];
-                    if constexpr (metric == direct) {
-                        const V d0 = p0 - s, d1 = p1 - s;
-                        u[r][0] += d0 * d0;
-                        u[r][1] += d1 * d1;
-                    } else {
-                        u[r][0] += p0 * s;
-                        u[r][1] += p1 * s;
-                    }
-                }
-            }
+            for (int r = 0; r < strip; ++r)
+                for (int v = 0; v < 2; ++v) u[r][v] = *(const V*)(w + r * tile + j + v * lanes);
             if (diagonal && j < i + strip && i < j + panel) {
                 I lane;
                 for (int l = 0; l < lanes; ++l) lane[l] = l;
@@ -254,17 +282,16 @@ struct Pairs {
                     u[r][1] = lane == decltype(lane[0] + 0)(i + r - j - lanes) ? splat<T>(no_pair) : u[r][1];
                 }
             }
-            V s[strip][2] = {};
-            if constexpr (order > 1) add_projections(a, b, i, j, s);
             for (int r = 0; r < strip; ++r)
                 for (int v = 0; v < 2; ++v) {
                     V weight, bend, distance = u[r][v];
                     if constexpr (metric == expanded) distance = (distance > T(0) ? V{} : distance) * T(-2);  // NaN stays
                     V k = kernel.template operator()<order>(distance, weight, bend);
                     if constexpr (order > 1) {
+                        V s = *(const V*)(w + kept + r * tile + j + v * lanes);
                         if constexpr (metric == expanded)
-                            s[r][v] = *(const V*)(along.data + b * tile + j + v * lanes) + along.data[a * tile + i + r] - s[r][v];
-                        bend *= metric == inner ? s[r][v] : s[r][v] * T(-2);
+                            s = *(const V*)(along.data + b * tile + j + v * lanes) + along.data[a * tile + i + r] - s;
+                        bend *= metric == inner ? s : s * T(-2);
                     }
                     if constexpr (weighing) {
                         const T* own = weights.data + a * tile + i + r;
@@ -303,49 +330,41 @@ struct Pairs {
         const bool diagonal = (a == b && exclude_same) ||
                               (exclude_cross && std::max(a, b) - std::min(a, b) == tiles_x && !same);
         const T pulled = T(pull[which]);
-        const int64_t count_a = points(a), count_b = points(b), columns = (count_b + panel - 1) / panel * panel;
+        const int64_t filled = (points(a) + strip - 1) / strip * strip, columns = (points(b) + panel - 1) / panel * panel;
+        if (second && !for_a) return;
         double total = 0;
-        if (!for_a) {
-            for (int64_t i = 0; i < count_a && !second; i += strip)
-                total += sweep<0, weighing>(a, b, i, columns, diagonal, nullptr, nullptr, pulled);
-        } else {
-            alignas(64) T w[fields * kept];
-            const int64_t group = std::min(tile, kept / tile);
-            V column_slopes[fields * largest / lanes] = {};
-            for (int64_t i = 0; i < count_a; i += group) {
-                const int64_t filled = (std::min<int64_t>(group, count_a - i) + strip - 1) / strip * strip;
-                for (int64_t r = 0; r < filled; r += strip)
-                    total += sweep<gradients, weighing>(a, b, i + r, columns, diagonal, w + r * tile, column_slopes, pulled);
-                for (int field = 0; field < fields; ++field) {
-                    const T* factors = w + field * kept;
-                    const int of = fields - 1 - field;  // slopes pull towards the directions, bends towards the points
-                    T* ga = gradient.data + (a * tile + i) * stride;
-                    gather<T>(factors, tile, 1, filled, columns, rows_of(b, of), ga, width, stride, pulled);
-                    if (for_b) {
-                        T* gb = gradient.data + b * tile * stride;
-                        gather<T>(factors, 1, tile, columns, filled, rows_of(a, of) + i * stride, gb, width, stride,
-                                  pulled);
-                    }
-                }
-            }
-            for (int field = 0; field < fields && for_b; ++field)
-                for (int64_t j = 0; j < columns; ++j)
-                    slopes_of(b, field)[j] += pulled * column_slopes[(field * largest + j) / lanes][j % lanes];
+        alignas(64) T w[fields * kept];
+        V column_slopes[fields * largest / lanes] = {};
+        products(a, b, filled, columns, w);
+        for (int64_t i = 0; i < filled; i += strip)
+            total += for_a ? sweep<gradients, weighing>(a, b, i, columns, diagonal, w + i * tile, column_slopes, pulled)
+                           : sweep<0, weighing>(a, b, i, columns, diagonal, w + i * tile, nullptr, pulled);
+        for (int field = 0; field < fields && for_a; ++field) {
+            const T* factors = w + field * kept;
+            const int of = fields - 1 - field;  // slopes pull towards the directions, bends towards the points
+            gather<T>(factors, tile, 1, filled, columns, rows_of(b, of), gradient_of(a), width, stride, pulled);
+            if (for_b) gather<T>(factors, 1, tile, columns, filled, rows_of(a, of), gradient_of(b), width, stride, pulled);
         }
+        for (int field = 0; field < fields && for_b; ++field)
+            for (int64_t j = 0; j < columns; ++j)
+                slopes_of(b, field)[j] += pulled * column_slopes[(field * largest + j) / lanes][j % lanes];
         sums[a] += total * coefficient[which] * (a == b ? 1 : 2);  // a tile against itself meets each pair twice
     }
 
     void task(int64_t a, int64_t b) { weighted ? task_of<true>(a, b) : task_of<false>(a, b); }
 
     void finish(int64_t t, T* out, double scale) const {
-        const T* g = gradient.data + t * tile * stride;
-        for (int64_t i = 0; i < points(t); ++i)
+        const T* g = gradient_of(t);
+        for (int64_t i = 0, count = points(t); i < count; ++i) {
+            const T *z = rows_of(t, fields - 1) + i * stride, *v = rows_of(t) + i * stride;
+            const T w = metric == inner ? T(0) : slopes_of(t)[i];
+            const T e = metric == inner || !second ? T(0) : slopes_of(t, fields - 1)[i];
             for (int64_t c = 0; c < d; ++c) {
-                T sum = g[i * stride + c];
-                for (int field = 0; field < fields && metric != inner; ++field)
-                    sum -= slopes_of(t, field)[i] * rows_of(t, fields - 1 - field)[i * stride + c];
+                T sum = g[i * stride + c] - w * z[c];
+                if (second) sum -= e * v[c];
                 out[i * d + c] = T(scale * sum);
             }
+        }
     }
 
     // Null where y has no direction.
@@ -366,8 +385,11 @@ struct Pairs {
         {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tiles; ++t)
-                for (int64_t i = 0; i < points(t); ++i)
-                    for (int64_t c = 0; c < d; ++c) partial[t * d + c] += points_of(item, t, 0)[i * d + c];
+                for (int64_t i = 0, count = points(t); i < count; ++i) {
+                    const T* source = points_of(item, t, 0) + i * d;
+                    double* sum = partial.data() + t * d;
+                    for (int64_t c = 0; c < d; ++c) sum[c] += source[c];
+                }
 #pragma omp single
             for (int64_t c = 0; c < d; ++c) {
                 for (int64_t t = 0; t < tiles && metric != inner; ++t) centre[c] += partial[t * d + c];
@@ -455,3 +477,4 @@ void mmd_second_all(const MmdArguments<T>& arguments) {
 }
 
 #undef FASTGEN_INLINE
+#undef FASTGEN_INLINE_LAMBDA

@@ -7,6 +7,7 @@
 // that do not vanish far away by themselves look for it.
 
 #define FASTGEN_INLINE inline __attribute__((always_inline))
+#define FASTGEN_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T>
 struct Lanes {
@@ -121,33 +122,45 @@ FASTGEN_INLINE Vec<T> exp_negative(Vec<T> x) {
 
 // The seven scales {s, 1} ∪ {1/s}, in pairs: with v = 1/(1 + u), z = v − v² and b = (1 − s)²/s,
 //   k = v + Σ_b (2v + bz)/(1 + bz),   −dk/du = v² (1 + 2R + (1 − 4z)S),   R = Σ 1/(1 + bz),   S = Σ b/(1 + bz)².
-// Every coefficient is positive and z ≤ ¼: right at any u. The three reciprocals of 1 + bz come out of one.
+// Over their common denominator Q = Π (1 + bz) the sums are polynomials in z: 2R = A/Q, Σ b/(1 + bz) = B/Q, S = C/Q². Every
+// coefficient is positive and z ≤ ¼: right at any u.
 template <class T>
 struct ImqPairs {
     static constexpr Metric metric = expanded;
     static constexpr bool vanishes = true;
-    T b1, b2, b3;
     double base;
+    T q[4], a[3], b[3], c[5];
 
-    explicit ImqPairs(const std::vector<double>& p)
-        : b1(T(p.at(1))), b2(T(p.at(2))), b3(T(p.at(3))), base(p.at(0)) {}
+    explicit ImqPairs(const std::vector<double>& p) : base(p.at(0)), q{}, a{}, b{}, c{} {
+        double wq[4] = {1}, wa[3] = {}, wb[3] = {}, wc[5] = {};
+        for (int i = 1; i <= 3; ++i) {
+            const double f = p.at(i), g = p.at(i % 3 + 1), h = p.at((i + 1) % 3 + 1);
+            const double others[3] = {1, g + h, g * h};  // (1 + gz)(1 + hz)
+            for (int m = 3; m > 0; --m) wq[m] += f * wq[m - 1];
+            for (int m = 0; m < 3; ++m) {
+                wa[m] += 2 * others[m];
+                wb[m] += f * others[m];
+                for (int n = 0; n < 3; ++n) wc[m + n] += f * others[m] * others[n];
+            }
+        }
+        std::copy_n(wq, 4, q);
+        std::copy_n(wa, 3, a);
+        std::copy_n(wb, 3, b);
+        std::copy_n(wc, 5, c);
+    }
     double at_zero() const { return 7; }
 
     template <int order>
     FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>&) const {
         static_assert(order < 2, "second derivatives take any scales as they are: ImqSum");
-        const Vec<T> v = reciprocal<T>(u + T(1));
-        const Vec<T> vv = v * v, z = v - vv;
-        const Vec<T> q1 = z * b1 + T(1), q2 = z * b2 + T(1), q3 = z * b3 + T(1);
-        const Vec<T> q12 = q1 * q2, r = reciprocal<T>(q12 * q3), r3 = r * q3;
-        const Vec<T> i1 = r3 * q2, i2 = r3 * q1, i3 = r * q12;
-        const Vec<T> g = (i1 + i2 + i3) * T(2) + T(1);
-        const Vec<T> j1 = i1 * b1, j2 = i2 * b2, j3 = i3 * b3;
+        const Vec<T> v = reciprocal<T>(u + T(1)), vv = v * v, z = v - vv;
+        const Vec<T> r = reciprocal<T>(((z * q[3] + q[2]) * z + q[1]) * z + T(1));
+        const Vec<T> g = ((z * a[2] + a[1]) * z + a[0]) * r + T(1);
         if constexpr (order > 0) {
-            const Vec<T> s = j1 * i1 + j2 * i2 + j3 * i3;
-            w = vv * ((T(1) - z * T(4)) * s + g);
+            const Vec<T> s = (((z * c[4] + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
+            w = vv * ((T(1) - z * T(4)) * (r * r) * s + g);
         }
-        return v * g + z * (j1 + j2 + j3);
+        return v * g + ((z * b[2] + b[1]) * z + b[0]) * (z * r);
     }
 };
 

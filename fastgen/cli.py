@@ -104,7 +104,7 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     parser.add_argument("--out", type=str, help="the run's folder")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run in --out")
     given = parser.add_class_arguments(chosen, instantiate=False)
-    # What a run's stages set themselves is not for the outside.
+    # What a run's stages set themselves is not for the outside, nor what would change nothing: they do not validate.
     own = {
         "max_epochs",
         "max_steps",
@@ -115,6 +115,14 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
         "barebones",
         "fast_dev_run",
         "overfit_batches",
+        "limit_val_batches",
+        "limit_test_batches",
+        "limit_predict_batches",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "num_sanity_val_steps",
+        "reload_dataloaders_every_n_epochs",
+        "use_distributed_sampler",
     }
     own |= set(getattr(chosen, "not_for_trainer", ()))
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)

@@ -206,7 +206,8 @@ def _mapped(path: Path) -> np.ndarray:
         # Never unpickles: an object array is refused.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises a dozen kinds for a damaged header
-        raise UserError(f"data: {path} cannot be read as a .npy array: {error}") from None
+        reason = str(error).split(". ")[0]  # numpy goes on to recommend unpickling
+        raise UserError(f"data: {path} cannot be read as a .npy array: {reason}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"data: {path} is an archive of arrays; expected one array in a .npy file")
     if array.ndim == 3:

@@ -24,6 +24,8 @@ def langevin(elements: int, whole: bool = False) -> tuple[int, bool]:
 LPIPS_TILE = 4096  # elements of each map that a program keeps in registers
 LPIPS_LARGEST_C = 2048
 FEATURE_BLOCK = 4096
+PROJECT_TILE = 4096  # buckets times runs of pixels that a program looks at together
+PROJECT_SPLITS = 64  # programs among which a sample's runs are divided, at most
 MOST_ELEMENTS = 2**31 - 2**16  # of a sample: offsets within one are 32 bits
 
 
@@ -72,6 +74,41 @@ def lpips_layer(
                 f0, f1, weight, grad, out[0], out[1] if sides == 2 else None, pixels, channels, eps, **flags
             )
     return tuple(out)
+
+
+def project_blocks(dim: int) -> dict[str, int]:
+    """RUNS and BLOCK_D of `_project_kernel`: a warp's threads share a run's random words."""
+    block_d = min(1024, 1 << (dim - 1).bit_length())
+    return {"RUNS": PROJECT_TILE // block_d, "BLOCK_D": block_d}
+
+
+def lpips_project(
+    f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, inside: bool, last: bool
+) -> Tensor:
+    """[N, dim] in float32; f dense, `last` says channels_last. Two launches: each pixel's scale, then the buckets."""
+    from fastgen.kernels import perceptual as kernels
+
+    n, channels, pixels = f.shape[0], f.shape[1], f.shape[2] * f.shape[3]
+    blocks, tiles = lpips_blocks(channels), project_blocks(dim)
+    scale = torch.empty(n, pixels, dtype=torch.float32, device=f.device)
+    root = (weight.to(torch.float64) / pixels).sqrt().to(torch.float32)
+    runs = channels * -(-pixels // 64)
+    share = -(-runs // (PROJECT_SPLITS * tiles["RUNS"])) * tiles["RUNS"]
+    splits = -(-runs // share)
+    partial = torch.empty(n, splits, dim, dtype=torch.float32, device=f.device)
+    if n:
+        with torch.cuda.device_of(f):
+            kernels._lpips_scale_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
+                f, scale, pixels, channels, eps, INSIDE=inside, LAST=last, **blocks, **kernels.OPTIONS
+            )
+            words = ((seed + 2**31) % 2**32 - 2**31, (seed >> 32))  # of 32 bits with a sign, as seed is one of 64
+            kernels._project_kernel[(n * splits, -(-dim // tiles["BLOCK_D"]))](
+                *(f, scale, root, partial, pixels, channels, dim, layer, *words, splits, share),
+                LAST=last,
+                **tiles,
+                **kernels.OPTIONS,
+            )
+    return partial.sum(1, dtype=torch.float64).to(torch.float32)
 
 
 def feature_distance(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels import launch
 from fastgen.kernels.aot import Spec
+from fastgen.kernels.langevin import _words
 
 OPTIONS = {"enable_fp_fusion": False}  # set, never inherited: Triton's default is changing
 
@@ -128,6 +129,74 @@ def _feature_kernel(
         tl.store(out_ptr + base + at, (slope * each).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _lpips_scale_kernel(
+    f_ptr,
+    scale_ptr,  # [N, P] float32
+    pixels,
+    channels,
+    eps,
+    INSIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
+    x = tl.load(f_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    scale, _ = _scale(tl.sum(x * x, 1), eps, INSIDE)
+    p = (tl.program_id(0) % tl.cdiv(pixels, BLOCK_P)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    tl.store(scale_ptr + n.to(tl.int64) * pixels + p, scale, mask=p < pixels)
+
+
+@triton.jit(do_not_specialize=["dim", "layer", "seed_lo", "seed_hi", "splits", "share"])
+def _project_kernel(
+    f_ptr,
+    scale_ptr,  # [N, P] float32
+    root_ptr,  # [C] float32, √(w / P)
+    partial_ptr,  # [N, splits, dim] float32
+    pixels,
+    channels,
+    dim,
+    layer,
+    seed_lo,
+    seed_hi,
+    splits,
+    share,  # of the runs of a sample that a split takes, whole tiles of them
+    LAST: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Buckets look for what is theirs: each run of 64 pixels of a channel lies on 64 that follow each other. So all is
+    added up in one order, without atomics, at the price of looking at all of a tile's runs for each bucket."""
+    n = (tl.program_id(0) // splits).to(tl.int64)
+    first = (tl.program_id(0) % splits) * share
+    bucket = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    runs = tl.cdiv(pixels, 64)
+    zero = tl.zeros([RUNS], tl.uint32)
+    k0, k1 = seed_lo.to(tl.uint32, bitcast=True), seed_hi.to(tl.uint32, bitcast=True)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first, first + share, RUNS):
+        i = start + tl.arange(0, RUNS)
+        c = i // runs
+        run = i % runs
+        w0, w1, w2, _ = _words(run.to(tl.uint32), c.to(tl.uint32), zero + layer.to(tl.uint32), zero, k0, k1)
+        shift = ((w2.to(tl.uint64) * dim) >> 32).to(tl.int32)
+        j = bucket - shift[:, None]
+        j = tl.where(j < 0, j + dim, j)
+        p = run[:, None] * 64 + j
+        mask = (j < 64) & (p < pixels) & (c < channels)[:, None] & (bucket < dim)
+        at = p * channels + c[:, None] if LAST else c[:, None] * pixels + p
+        x = tl.load(f_ptr + n * channels * pixels + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + n * pixels + p, mask=mask, other=0.0)
+        root = tl.load(root_ptr + c, mask=c < channels, other=0.0)[:, None]
+        word = tl.where(j < 32, w0[:, None], w1[:, None])
+        x = x * scale * root
+        negative = ((word >> (j & 31).to(tl.uint32)) & 1) != 0
+        total += tl.sum(tl.where(negative, -x, x), 0)
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * dim + tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tl.store(out, total, mask=tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D) < dim)
+
+
 def aot_specs() -> list[Spec]:
     """First float32 maps of 64 channels in planes; then every width of the three nets, dtype and layout."""
     layers = [(64, 128 * 128), (128, 64 * 64), (192, 27 * 27), (256, 32 * 32), (384, 13 * 13), (512, 16 * 16)]
@@ -158,6 +227,9 @@ def aot_specs() -> list[Spec]:
                 )
             )
     for kind in ("fp32", "bf16", "fp16"):
+        for channels, pixels in layers[::5]:
+            for last in (False, True):
+                specs += _project_specs(kind, channels, pixels, last)
         for squared in (False, True):
             for value in (True, False):
                 signature = {"f0_ptr": f"*{kind}", "f1_ptr": f"*{kind}", "grad_ptr": "constexpr" if value else "*fp32"}
@@ -170,3 +242,22 @@ def aot_specs() -> list[Spec]:
                     Spec(name, _feature_kernel, signature, constexprs, options=dict(OPTIONS), divisible=("size",))
                 )
     return specs
+
+
+def _project_specs(kind: str, channels: int, pixels: int, last: bool) -> list[Spec]:
+    name = f"{kind} C={channels} {'last' if last else 'planes'}"
+    divisible = tuple(name for name, v in (("pixels", pixels), ("channels", channels)) if v % 16 == 0)
+    blocks = launch.lpips_blocks(channels)
+    warps = blocks.pop("num_warps")
+    given: dict[str, Any] = {"INSIDE": False, "LAST": last, **blocks}
+    types = {"f_ptr": f"*{kind}", "scale_ptr": "*fp32", "pixels": "i32", "channels": "i32", "eps": "fp32"}
+    signature = {**types, **dict.fromkeys(given, "constexpr")}
+    options = dict(OPTIONS)
+    found = [Spec(f"scale {name}", _lpips_scale_kernel, signature, given, warps, options=options, divisible=divisible)]
+    given = {"LAST": last, **launch.project_blocks(1024)}
+    types = {"f_ptr": f"*{kind}", **dict.fromkeys(("scale_ptr", "root_ptr", "partial_ptr"), "*fp32")}
+    types |= dict.fromkeys(("pixels", "channels", "dim", "layer"), "i32")
+    types |= dict.fromkeys(("seed_lo", "seed_hi", "splits", "share"), "i32")
+    signature = {**types, **dict.fromkeys(given, "constexpr")}
+    found.append(Spec(f"project {name}", _project_kernel, signature, given, options=options, divisible=divisible))
+    return found

@@ -237,12 +237,18 @@ def mmd(
         distance is off by about 2⁻²³·R², R being the largest distance from that centre (the Laplacian and energy
         kernels excepted): for clusters far apart relative to the bandwidth take float64. Points that are not
         finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
+<<<<<<< HEAD
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in blocks of rows
         and O((N + M)·D) memory too. On a GPU float64 points, degrees beyond 16 and second derivatives of the Laplacian
         and energy kernels run on blocked matrix products, in full precision; these two take "bf16x6" products
         where "bf16x3" or "tf32" is asked for, and pairs closer than an eighth of their distance from the centre get
         their distance from differences. Gradients that do not fit on chip (D > 128, there or elsewhere) go through
         64 MiB of memory, as do second derivatives.
+=======
+        the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in one pass
+        and O((N + M)·D) memory too. On a GPU, D > 128, float64 points, weights and the Laplacian, energy and polynomial
+        kernels run on blocked matrix products instead (never in TF32).
+>>>>>>> main
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """

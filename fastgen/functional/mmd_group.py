@@ -26,8 +26,8 @@ def grouped(
 ) -> Tensor:
     """The value of all shards together, the same on every process, with this process's part of the gradient.
 
-    checked: this process's points, kernel, parameters, estimator and precision, or what is wrong with its arguments: all
-    processes hear of it, and none waits for one that has left."""
+    checked: this process's points, kernel, parameters, estimator and precision, or what is wrong with its arguments:
+    all processes hear of it, and none waits for one that has left."""
     use_of_weights = x_weight is not None or y_weight is not None
     if isinstance(checked, Exception):
         _exchange([0] * 8, group)

@@ -12,7 +12,7 @@ from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle import LatentIMLE
 from fastgen.models.imle_pool import codes, key
 from fastgen.models.networks import in_batches
-from fastgen.models.run import Run, arguments_of, generator, row_loader
+from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
 from fastgen.nn import PerceptualLoss
 
 NAME = "glann"
@@ -54,6 +54,7 @@ class GLANN(Decoder):
         imle_lr: Adam's step size for the mapper.
         pool: noises drawn for each latent in each epoch.
         chunk: of them in memory at a time.
+        checkpoint_every: steps between checkpoints; each epoch's end has one too.
         seed: of everything drawn in training.
     """
 
@@ -77,11 +78,13 @@ class GLANN(Decoder):
         imle_lr: float = 1e-3,
         pool: int = 10,
         chunk: int = 4000,
+        checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
         a = self.arguments = arguments_of(locals())
         for name in (
             "latent_dim", "width", "glo_epochs", "noise_dim", "hidden", "hidden_layers", "imle_epochs", "pool", "chunk",
+            "checkpoint_every",
         ):  # fmt: skip
             check.integer(name, a[name], least=1)
         for name in ("glo_batch", "imle_batch"):
@@ -103,18 +106,22 @@ class GLANN(Decoder):
     ) -> "GLANN":
         """Train both stages into the folder `out`, each with its own checkpoint and log.
 
-        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was
+        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was, in the middle of
+            an epoch too
         trainer: more arguments for both stages' lightning.Trainer
 
         Raises UserError where `out` holds another run, or one that was asked for differently.
         """
         loss = self._loss()  # what it lacks is said before the folder is claimed
         a, options, rows = self.arguments, trainer or {}, len(images.train)
+        every = a["checkpoint_every"]
         run = Run.start(out, NAME, images, a, resume=resume)
         glo = self._glo(images.train, loss)
-        run.fit("glo", glo, row_loader(rows, a["glo_batch"], a["seed"]), a["glo_epochs"], options)
+        loader = ResumableBatches(rows, a["glo_batch"], a["seed"])
+        run.fit("glo", glo, loader, a["glo_epochs"], options, every=every)
         imle = self._imle(glo.latent.weight.detach())
-        run.fit("imle", imle, row_loader(rows, a["imle_batch"], a["seed"] + 1), a["imle_epochs"], options)
+        loader = ResumableBatches(rows, a["imle_batch"], a["seed"] + 1)
+        run.fit("imle", imle, loader, a["imle_epochs"], options, every=every)
         run.note_peak("train")
         return self._take(glo, imle)
 

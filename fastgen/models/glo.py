@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as tf
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fastgen.models.networks import Generator, in_batches
 from fastgen.models.row_adam import RowAdam, project
+from fastgen.models.run import EpochLoss
 
 # Options of Lightning's Trainer that it refuses beside two optimisers.
 NOT_BESIDE_TWO_OPTIMISERS = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
 
 
-class GLO(LightningModule):
+class GLO(EpochLoss):
     """min over θ and z_i of Σ_i loss(G_θ(z_i), x_i), ‖z_i‖ = 1 (or ≤ 1).
 
     images: float32 [N, C, H, W] in [0, 1]; they and the loss's cached target features live on the module's device
@@ -80,7 +80,7 @@ class GLO(LightningModule):
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             schedule.step()
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        self.count(loss, len(rows))
 
 
 class Decoder:

@@ -13,7 +13,7 @@ from fastgen.models.glo import GLO, Decoder, initial_latents
 from fastgen.models.imle_pool import codes
 from fastgen.models.imle_space import LAYERS
 from fastgen.models.row_adam import project
-from fastgen.models.run import Run, arguments_of, generator, row_loader
+from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
 from fastgen.nn import PerceptualLoss
 
 
@@ -53,6 +53,7 @@ class GLOModel(Decoder):
         batch: images a step.
         generator_lr: Adam's step size for the generator, at the start.
         latent_lr: Adam's step size for the latents, at the start.
+        checkpoint_every: steps between checkpoints; each epoch's end has one too.
         seed: of everything drawn in training.
     """
 
@@ -71,10 +72,11 @@ class GLOModel(Decoder):
         batch: int = 64,
         generator_lr: float = 1e-3,
         latent_lr: float = 1e-2,
+        checkpoint_every: int = 200,
         seed: int = 0,
     ) -> None:
         self.arguments = arguments_of(locals())
-        for name in ("latent_dim", "width", "epochs"):
+        for name in ("latent_dim", "width", "epochs", "checkpoint_every"):
             check.integer(name, self.arguments[name], least=1)
         check.integer("batch", batch, least=2)  # BatchNorm has no statistics of one row
         if levels is not None:
@@ -95,12 +97,13 @@ class GLOModel(Decoder):
         resume: bool = False,
         trainer: dict[str, Any] | None = None,
     ) -> "GLOModel":
-        """Train into the folder `out`, with a checkpoint each epoch; resume and trainer as `GLANN.fit`."""
+        """Train into the folder `out`; resume and trainer as `GLANN.fit`."""
         a = self.arguments
         loss = self._loss(images.shape)  # what it lacks is said before the folder is claimed
         run = Run.start(out, "glo", images, a, resume=resume)
         module = self._module(images.train, loss)
-        run.fit("glo", module, row_loader(len(images.train), a["batch"], a["seed"]), a["epochs"], trainer or {})
+        loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
+        run.fit("glo", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
         run.note_peak("train")
         return self._take(module)
 

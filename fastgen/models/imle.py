@@ -4,15 +4,15 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgen.models.imle_pool import codes, key, search_pool
 from fastgen.models.networks import Mapper, in_batches
+from fastgen.models.run import EpochLoss
 
 
-class LatentIMLE(LightningModule):
+class LatentIMLE(EpochLoss):
     """min over T of Σ_i min_j ‖z_i − T(e_j)‖², the e_j drawn anew each epoch.
 
     latent: [N, latent_dim] rows on the unit sphere
@@ -24,8 +24,12 @@ class LatentIMLE(LightningModule):
     mapper's output where it falls; here it is normalised, since the latents are. Neighbours are refreshed each epoch,
     only the winners' numbers are kept, and their noise is made again from these.
 
+    The numbers chosen last, `chosen` [N] int64, are in the checkpoint.
+
     Source: Li and Malik, Implicit Maximum Likelihood Estimation, 2018; Hoshen and Malik, CVPR 2019, section 3.3.
     """
+
+    chosen: Tensor
 
     def __init__(
         self, latent: Tensor, *, noise_dim: int, hidden: int, layers: int, pool: int, chunk: int, lr: float, seed: int
@@ -34,6 +38,7 @@ class LatentIMLE(LightningModule):
         self.noise_dim, self.pool, self.chunk, self.lr, self.seed = noise_dim, pool, chunk, lr, seed
         self.mapper = Mapper(noise_dim, latent.shape[1], hidden, layers)
         self._held = {"latent": latent}
+        self.register_buffer("chosen", torch.full((len(latent),), -1))
         self.search_seconds = 0.0
 
     def on_fit_start(self) -> None:
@@ -54,7 +59,7 @@ class LatentIMLE(LightningModule):
                 lambda ids: in_batches(self.mapper, self.noise(ids)),
                 first=self.current_epoch * count, count=count, chunk=self.chunk, tick=bar.update,
             )  # fmt: skip
-        self._held["chosen"] = found.id
+        self.chosen.copy_(found.id)
         self.log("nearest", found.distance.mean(), prog_bar=True)
         self.search_seconds += time.perf_counter() - start
 
@@ -62,7 +67,7 @@ class LatentIMLE(LightningModule):
         return torch.optim.Adam(self.parameters(), self.lr, weight_decay=1e-5)
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
-        made = self.mapper(self.noise(self._held["chosen"][rows]))
+        made = self.mapper(self.noise(self.chosen[rows]))
         loss = (made - self._held["latent"][rows]).square().sum(1).mean()
-        self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        self.count(loss, len(rows))
         return loss

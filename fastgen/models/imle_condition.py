@@ -29,7 +29,10 @@ class Condition:
         elif self.kind == "image":
             if not Path(what).is_file():
                 raise UserError(f"condition: expected 'none', 'label' or a .npy file of images, got {what!r}")
-            told = data.load(what, on_disk=True)
+            try:
+                told = data.load(what, on_disk=True)
+            except UserError as error:
+                raise UserError(f"condition{str(error).removeprefix('data')}") from None
             if images.train_label is not None:
                 raise UserError(f"condition: images go with data from a .npy file, got {images.name}")
             if (len(told.train), len(told.test)) != (len(images.train), len(images.test)):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,13 +17,13 @@ from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_pool import Found, codes, key, own_spans, search_own, search_pool, spans
 from fastgen.models.imle_space import Space, space
 from fastgen.models.networks import ImageMLP, in_batches
-from fastgen.models.run import ResumableBatches, Run, arguments_of, cosine
+from fastgen.models.run import EpochLoss, ResumableBatches, Run, arguments_of, cosine
 
 BLOCK = 2**28  # bytes of data that are searched for at a time
 PART = 1000  # samples that pass the network at a time
 
 
-class PoolIMLE(LightningModule):
+class PoolIMLE(EpochLoss):
     """min over G of Σ_i min_j d(x_i, G(z_j)), the z_j of an epoch numbered on from those of the last.
 
     images: the training images [N, C, H, W], a tensor or `data.Stored`
@@ -71,23 +70,14 @@ class PoolIMLE(LightningModule):
         self.register_buffer("distance", torch.full((len(images),), torch.inf))
         self.register_buffer("threshold", torch.zeros(len(images)))
         self.register_buffer("age", torch.zeros(len(images), dtype=torch.int32))
-        self.loss_sum = torch.zeros(2, dtype=torch.float64)
         self.search_seconds = 0.0
 
     def configure_optimizers(self) -> Any:
         return cosine(self, torch.optim.Adam(self.parameters(), self.lr, betas=(0.5, 0.999)))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["loss_sum"] = processes.summed(self.loss_sum)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if processes.rank() == 0:
-            self.loss_sum = checkpoint["loss_sum"]
-
     def on_fit_start(self) -> None:
         held = self._held
         held["measure"].to(self.device)
-        self.loss_sum = self.loss_sum.to(self.device)
         n = len(held["images"])
         if isinstance(held["images"], Tensor):
             held["images"] = held["images"].to(self.device)
@@ -193,13 +183,8 @@ class PoolIMLE(LightningModule):
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         fake = self.sample(self.chosen[rows], self._held["condition"].of(rows))
         loss: Tensor = self._held["measure"].loss(fake, self.images(rows)).mean()
-        self.loss_sum += torch.stack([loss.detach().double() * len(rows), loss.new_tensor(len(rows)).double()])
+        self.count(loss, len(rows))
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        total, count = processes.summed(self.loss_sum).tolist()
-        self.log("loss", total / count, prog_bar=True, rank_zero_only=True)
-        self.loss_sum.zero_()
 
 
 class _Points(torch.nn.Module):

@@ -399,6 +399,31 @@ def write_json(file: Path, content: Any) -> None:
     os.replace(part, file)
 
 
+class EpochLoss(LightningModule):
+    """Logs an epoch's mean loss as `loss`, also of an epoch that is taken up in its middle: Lightning's own means
+    forget what came before the checkpoint. `count` belongs into every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_sum = torch.zeros(2, dtype=torch.float64)
+
+    def count(self, loss: torch.Tensor, rows: int) -> None:
+        self.loss_sum = self.loss_sum.to(loss.device)
+        self.loss_sum += torch.stack([loss.detach().double() * rows, loss.new_tensor(rows).double()])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["loss_sum"] = processes.summed(self.loss_sum)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            self.loss_sum = checkpoint["loss_sum"]
+
+    def on_train_epoch_end(self) -> None:
+        total, rows = processes.summed(self.loss_sum).tolist()
+        self.log("loss", total / rows, prog_bar=True, rank_zero_only=True)
+        self.loss_sum.zero_()
+
+
 def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
     """What a model was made with, for run.json: `arguments_of(locals())` as the first statement of its __init__."""
     return {name: value for name, value in scope.items() if name not in ("self", "__class__")}

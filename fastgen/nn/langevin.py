@@ -71,8 +71,8 @@ class LangevinSampler(nn.Module):
 
     Returns:
         x after K steps, [C, ...], without a graph; with return_trajectory [C, D, ...], D = (K − burn_in) div thin: the
-        (chain, draw, *shape) of ArviZ, `arviz.convert_to_dataset({"x": trajectory.numpy()})` for `rhat` and `ess`. `run` takes the same
-        arguments and returns a `LangevinRun` with energies, acceptance rates and resets.
+        (chain, draw, *shape) of ArviZ, `arviz.convert_to_dataset({"x": trajectory.numpy()})` for `rhat` and `ess`.
+        `run` takes the same arguments and returns a `LangevinRun` with energies, acceptance rates and resets.
 
     Raises:
         FloatingPointError: an energy or a state is NaN or infinite (and on_divergence is "raise", or it is the start);

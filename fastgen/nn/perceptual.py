@@ -24,11 +24,12 @@ class Features:
     """
 
     maps: tuple[Tensor, ...]
+    size: tuple[int, ...] | None = None  # of the images, [H, W]: padded or pooled, maps of another may look the same
     # Who made them, so that `with` knows whom to tell: neither compared nor copied nor written to files.
     maker: weakref.ReferenceType[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def _of(self, maps: Iterable[Tensor]) -> "Features":
-        return Features(tuple(maps), self.maker)
+        return Features(tuple(maps), self.size, self.maker)
 
     def __getitem__(self, rows: Any) -> "Features":
         if isinstance(rows, numbers.Integral):  # numpy's too
@@ -42,13 +43,16 @@ class Features:
         return self.maps[0].shape[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Features, (self.maps,)
+        return Features, (self.maps, self.size)
 
     def to(self, *args: Any, **kwargs: Any) -> "Features":
         return self._of(f.to(*args, **kwargs) for f in self.maps)
 
     @staticmethod
     def cat(parts: Sequence["Features"]) -> "Features":
+        sizes = {part.size for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"parts: expected features of images of one size, got {sorted(map(str, sizes))}")
         return parts[0]._of(torch.cat(maps) for maps in zip(*(part.maps for part in parts), strict=True))
 
     def __enter__(self) -> "Features":
@@ -67,8 +71,9 @@ class Features:
 def kept(maker: nn.Module, make: Callable[[], Features]) -> Features:
     """What `make` gives, as a target of `maker`: detached, and fit for training though made in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        maps = (f.clone() if f.is_inference() else f for f in make().maps)  # images may be the caller's own
-        return Features(tuple(maps), weakref.ref(maker))
+        made = make()
+        maps = (f.clone() if f.is_inference() else f for f in made.maps)  # images may be the caller's own
+        return Features(tuple(maps), made.size, weakref.ref(maker))
 
 
 def entered_target(name: str, entered: list[Features]) -> Features:
@@ -177,7 +182,7 @@ class PerceptualLoss(nn.Module):
 
     def features(self, images: Tensor) -> Features:
         """What is compared, differentiable: the images themselves where pixels count, the maps, the Gram matrices."""
-        own = (images,) if self.pixel_weight else ()
+        own, size = (images,) if self.pixel_weight else (), tuple(images.shape[2:])
         images = padded(images, self.pad_to)
         if isinstance(self.trunk, trunks.Trunk):
             maps = self.trunk(images, self._taps)
@@ -185,7 +190,7 @@ class PerceptualLoss(nn.Module):
             maps = _hooked(self.trunk, self._taps, images)
         by_name = dict(zip(self._taps, maps, strict=True))
         grams = (F.gram_matrix(by_name[layer]) for layer in self.style_layers)
-        return Features((*own, *(by_name[layer] for layer in self.layers), *grams))
+        return Features((*own, *(by_name[layer] for layer in self.layers), *grams), size)
 
     def target(self, y: Tensor, *, chunk: int | None = None) -> Features:
         """The maps of target images, detached, for `loss(x, features)`; `chunk` images pass the network at a time."""
@@ -219,6 +224,10 @@ def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Feat
     if isinstance(target, Features):
         if len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
+        if target.size is not None and target.size != tuple(x.shape[2:]):
+            raise ValueError(
+                f"target: expected features of images of {list(x.shape[2:])} pixels, got some of {list(target.size)}"
+            )
         return target.maps
     images_of("target", target)
     if target.shape != x.shape:
@@ -305,16 +314,16 @@ class GLANNLoss(nn.Module):
 
     def features(self, images: Tensor) -> Features:
         """What is compared, differentiable: the images, the maps; above 64 pixels those of the shrunk images too."""
-        side = images.shape[2]
+        size = tuple(images.shape[2:])
+        side = size[0]
         if images.shape[3] != side or (side <= 64 and side not in _GLANN_LEVELS):
             raise ValueError(f"x: expected sides of 16, 28, 32, 64 or more pixels, got {list(images.shape[2:])}")
         inner = padded(images, 32) if side == 28 else images
-        # The images as they came: padded, cached ones of 28 pixels would pass for ones of 32.
         maps = [images, *self.trunk(inner, _GLANN_LAYERS[_GLANN_LEVELS.get(side, 5)])]
         if side > 64:
             images = tf.avg_pool2d(images, 4)
             maps += [images, *self.trunk(images, _GLANN_LAYERS[4])]
-        return Features(tuple(maps))
+        return Features(tuple(maps), size)
 
     def target(self, y: Tensor) -> Features:
         """The maps of target images, detached."""
@@ -324,8 +333,6 @@ class GLANNLoss(nn.Module):
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         theirs = _theirs(self, x, target)
         ours = self.features(x).maps
-        if len(ours) != len(theirs) or ours[0].shape[2:] != theirs[0].shape[2:]:
-            raise ValueError(f"target: expected features of images of {list(x.shape[2:])} pixels, got another size")
         # Images count twice: |(2x − 1) − (2y − 1)|. At 28 pixels their mean is over the padded 32.
         pixels = 2.0 * (28 / 32) ** 2 if x.shape[2] == 28 else 2.0
         weights = [pixels, *(2.0 if k == 6 and x.shape[2] > 64 else 1.0 for k in range(1, len(ours)))]

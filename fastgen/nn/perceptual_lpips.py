@@ -268,7 +268,7 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor, normalize: bool = False) -> Features:
         """The trunk's maps of images, before normalisation; differentiable."""
-        return Features(tuple(self._run(images, normalize)))
+        return Features(tuple(self._run(images, normalize)), tuple(images.shape[2:]))
 
     def _check_range(self, images: Tensor, normalize: bool) -> None:
         """A warning, once: images in [0, 255] pass for images in [-1, 1] otherwise."""
@@ -313,7 +313,12 @@ class LPIPS(nn.Module):
         if in1 is None:
             in1 = entered_target("in1", self.entered)
         trunks.check_sides("in0", in0, self.least, f"net={self.pnet_type!r}")
-        if not isinstance(in1, Features):
+        if isinstance(in1, Features):
+            if in1.size is not None and in1.size != tuple(in0.shape[2:]):
+                raise ValueError(
+                    f"in1: expected features of images of size {list(in0.shape[2:])}, got some of {list(in1.size)}"
+                )
+        else:
             images_of("in1", in1)
             if in1.shape[2:] != in0.shape[2:]:
                 raise ValueError(f"in1: expected images of size {list(in0.shape[2:])}, got {list(in1.shape[2:])}")

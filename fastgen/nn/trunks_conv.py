@@ -29,6 +29,19 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
+def _sample(weight: Tensor) -> Tensor:
+    count = min(64, weight.numel())
+    return weight.as_strided((count,), (weight.numel() // count,))
+
+
+def _same(weight: Tensor, known: Tensor, version: int, sample: Tensor) -> bool:
+    """Whether nothing was written since: not in place, not to another memory, not past autograd (`weight.data`), of
+    which a sample tells unless single numbers were changed."""
+    if weight.data_ptr() != known.data_ptr() or weight._version != version:
+        return False
+    return torch.equal(_sample(weight), sample)
+
+
 class Conv(nn.Conv2d):
     """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights packed once for oneDNN.
 
@@ -52,6 +65,7 @@ class Conv(nn.Conv2d):
             and x.device.type == weight.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32
             and not (weight.requires_grad or bias.requires_grad or weight.is_inference())
+            and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
             and x.numel() > 0
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.enabled
@@ -61,15 +75,14 @@ class Conv(nn.Conv2d):
         )
 
     def packed(self, x: Tensor, back: bool) -> Tensor:
-        ops, weight = torch.ops.mkldnn, self.weight
-        at = (weight.data_ptr(), weight._version)
-        packs = self.__dict__.setdefault("_packs", {})
-        if back not in packs or packs[back][0] != at:
-            plain = _turned(weight).contiguous() if back else weight.detach()
-            padding = self.padding_back if back else list(self.padding)
-            arguments = (padding, [1, 1], [1, 1], 1)
-            packs[back] = (at, ops._reorder_convolution_weight(plain, *arguments, list(x.shape)), arguments)
-        _, pack, arguments = packs[back]
+        ops, weight = torch.ops.mkldnn, self.weight.detach()
+        packs: dict[bool, tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
+        if back not in packs or not _same(weight, *packs[back][:3]):
+            plain = _turned(weight).contiguous() if back else weight
+            arguments = (self.padding_back if back else list(self.padding), [1, 1], [1, 1], 1)
+            pack = ops._reorder_convolution_weight(plain, *arguments, list(x.shape))
+            packs[back] = (weight, weight._version, _sample(weight).clone(), pack, arguments)
+        *_, pack, arguments = packs[back]
         x = x.contiguous(memory_format=torch.channels_last)
         bias = None if back else self.bias
         y: Tensor = ops._convolution_pointwise(x, pack, bias, *arguments, "none", [], "")

@@ -32,11 +32,14 @@ def has_triton() -> bool:
 
 def choose(family: str, device: torch.device) -> str:
     """'cpp', 'triton' or 'reference'; a reference run for want of a build warns once."""
-    if _forced is not None:
-        return _forced
-    chosen, reason = explain(family, device.type)
+    return _chosen(family, device.type) if _forced is None else _forced
+
+
+@functools.cache
+def _chosen(family: str, device_type: str) -> str:
+    chosen, reason = explain(family, device_type)
     if chosen == "reference" and family in CPP | TRITON:
-        _warn_once(family, device.type, reason)
+        warnings.warn(f"fastgen: {family} on {device_type} runs on the plain torch reference: {reason}", stacklevel=4)
     return chosen
 
 
@@ -54,11 +57,6 @@ def explain(family: str, device_type: str) -> tuple[str, str]:
     if not has_triton():
         return "reference", "triton is not installed (pip install 'fastgen[triton]')"
     return "triton", "triton" + _BUT.get(family, "")
-
-
-@functools.cache
-def _warn_once(family: str, device_type: str, reason: str) -> None:
-    warnings.warn(f"fastgen: {family} on {device_type} runs on the plain torch reference: {reason}", stacklevel=4)
 
 
 @contextmanager

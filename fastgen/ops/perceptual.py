@@ -110,7 +110,15 @@ def _lpips_layer_backward_weight(grad: Tensor, f0: Tensor, f1: Tensor, eps: floa
 
 
 def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
-    if backend.choose("perceptual", f.device) != "cpp":
+    kernel = backend.choose("perceptual", f.device)
+    if kernel == "triton":
+        from fastgen.kernels import launch
+
+        if launch.lpips_fits(f):
+            last = not f.is_contiguous() and f.is_contiguous(memory_format=torch.channels_last)
+            g = f if last else f.contiguous()
+            return launch.lpips_project(g, weight, dim, seed, layer, eps, eps_inside, last)
+    if kernel != "cpp":
         return reference.lpips_project(f, weight, dim, seed, layer, eps, eps_inside)
     extension = backend.extension()
     assert extension is not None

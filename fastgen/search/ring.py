@@ -26,8 +26,8 @@ def ring_nearest(
             and may be 0.
         database_shard: [M_r, D], dtype and device of the queries; M_r may differ and may be 0, but not everywhere.
         k: neighbours for each query, the same number on all processes, 1 (default) to the rows that they allow in all.
-        mask: [M_r] bool, True = may be chosen, on the processes that have one; None (default) allows all. The others
-            do not travel, are not read beyond that and may hold anything.
+        mask: [M_r] bool, True = may be chosen, on the processes that have one; None (default) allows all. Other rows
+            do not travel, are not looked at and may hold anything.
         group: a torch.distributed process group (gloo for the CPU, NCCL for CUDA); None (default) is the default group.
 
     Returns:
@@ -42,9 +42,9 @@ def ring_nearest(
         The shards of the side with fewer rows in all go from rank to rank; while one is on its way the one before is
         searched. Rows that travel carry their ids, queries their best (distance, id), and come home in the end. A
         process holds its own two shards and two more of the travelling side, padded to its largest, and of a masked
-        database a copy of the allowed rows. The minimum of (distance, id) is
-        associative: the bits are those of one `functional.nearest` over everything, for any number of processes and any
-        split. Not differentiable: fetch the winners and recompute their distances for a gradient.
+        database a copy of the allowed rows. The minimum of (distance, id) is associative: the bits are those of one
+        `functional.nearest` over everything, for any number of processes and any split. Not differentiable: fetch the
+        winners and recompute their distances for a gradient.
 
     Source:
         IMLE (Li & Malik 2018), algorithm 1, on shards; the ring of parallel N-body codes.

@@ -40,3 +40,58 @@ def test_every_isa(isa, dtype, shape, last):
         assert float((a.double() - b).norm()) <= tolerance * max(float(b.norm()), 0.1), k
     assert not got[1][0, :, 0, 3].any()
     assert torch.equal(ops.lpips_layer(f0, f0.clone(), weight, 1e-10, False), torch.zeros(shape[0], dtype=dtype))
+
+
+HALVES = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # their least subnormals
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 33, 33), (1, 136, 16, 17), (2, 64, 8, 8), (1, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("dtype", list(HALVES), ids=str)
+def test_half_types_are_the_floats_they_stand_for(isa, dtype, shape, last):
+    """To the bit: values those of the widened maps, gradients theirs rounded to nearest even."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    f0, f1 = (torch.randn(shape).mul(3).relu().to(dtype).contiguous(memory_format=layout) for _ in "01")
+    f0[0, :, 0, 0], f1[0, 0, 1, 1] = HALVES[dtype], 3 * HALVES[dtype]
+    weight = torch.rand(shape[1])
+    for size in (1.0, 1e-4):  # subnormal gradients too
+        upstream = torch.randn(shape[0]) * size
+        for eps in ((1e-10, False), (1e-8, True)):
+            wide, half = ((f0.float(), f1.float()), (f0, f1))
+            assert torch.equal(ops.lpips_layer(*half, weight, *eps), ops.lpips_layer(*wide, weight, *eps))
+            for got, want in zip(
+                (
+                    *ops.lpips_layer_backward_both(upstream, *half, weight, *eps),
+                    ops.lpips_layer_backward(upstream, *half, weight, *eps),
+                ),
+                (
+                    *ops.lpips_layer_backward_both(upstream, *wide, weight, *eps),
+                    ops.lpips_layer_backward(upstream, *wide, weight, *eps),
+                ),
+                strict=True,
+            ):
+                assert got.dtype == dtype
+                assert torch.equal(got, want.to(dtype))
+            for signed in (0, -3):
+                got, want = (ops.lpips_project(f, weight, 70, signed, 1, *eps) for f in (f0, f0.float()))
+                assert torch.equal(got, want)
+        for squared in (False, True):
+            assert torch.equal(ops.feature_distance(*half, squared), ops.feature_distance(*wide, squared))
+            got, want = (ops.feature_distance_backward(upstream, *pair, squared) for pair in (half, wide))
+            assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", list(HALVES), ids=str)
+def test_every_half_is_read_and_written(isa, dtype):
+    """All 65,536 patterns through (x − 0)², and each float32 near a boundary back."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    zero = torch.zeros_like(every)
+    pairs = every.view(-1, 1), zero.view(-1, 1)
+    got, want = ops.feature_distance(*pairs, False), every.float().abs()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~got.isnan()], want[~want.isnan()])
+    slopes = torch.cat([every.float(), (every.float() * (1 + 2.0**-9)), every.float() * (1 + 2.0**-12), want * 1.5])
+    ones, none = torch.ones(len(slopes), 1, dtype=dtype), torch.zeros(len(slopes), 1, dtype=dtype)
+    got, want = ops.feature_distance_backward(slopes, ones, none, False).view(-1), slopes.to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~got.isnan()], want[~want.isnan()])

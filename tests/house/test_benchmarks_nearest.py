@@ -39,6 +39,7 @@ def test_a_team_answers_and_goes_home(ring: ModuleType) -> None:
         assert torch.equal(distance, whole.distance[:, 0])
         assert torch.equal(index, whole.index[:, 0])
     processes[1].kill()
+    processes[1].wait()
     with pytest.raises(RuntimeError, match=r"process [01] of 2: "):
         team()
     del team
@@ -98,3 +99,14 @@ def test_rows_on_which_faiss_is_wrong(ring: ModuleType) -> None:
         assert rows["faiss"]["right"] < 0.5
         assert rows.get("faiss, rows copied", {"right": 1.0})["right"] == 1.0
         assert "% right |" in results.table([rows["faiss"]]).splitlines()[-1]
+
+
+def test_rows_of_processes(ring: ModuleType) -> None:
+    """Checked against float64 as every row; the memory of one's own process says nothing of others'."""
+    from benchmarks import nearest
+    from benchmarks.harness import Measurer
+
+    run = Measurer(CPU, rounds=2, at_least=0.0, memory=lambda work, provider: 1)
+    rows = {r["provider"]: r for r in run.measure(nearest._ring_work(200, 300, 5), ["fastgen, 2 processes", "eager"])}
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    assert {name for name, r in rows.items() if "peak_bytes" in r} == {"eager"}

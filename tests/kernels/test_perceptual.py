@@ -152,10 +152,11 @@ def compiled() -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_compiles_for_every_target(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    assert set(compiled) == {(kernel, target) for kernel in ("value", "grad", "l1") for target in targets}
+    kernels = ("value", "grad", "l1", "scale", "project")
+    assert set(compiled) == {(kernel, target) for kernel in kernels for target in targets}
 
 
-@pytest.mark.parametrize(("kernel", "accesses"), [("value", 16), ("grad", 24)])
+@pytest.mark.parametrize(("kernel", "accesses"), [("value", 16), ("grad", 24), ("scale", 8)])
 def test_machine_code_for_hopper(compiled: dict[tuple[str, str], dict[str, Any]], kernel: str, accesses: int) -> None:
     row = compiled[kernel, "sm_90"]
     assert row["stack"] == 0
@@ -164,6 +165,17 @@ def test_machine_code_for_hopper(compiled: dict[tuple[str, str], dict[str, Any]]
     assert row["wide_accesses"] == accesses
     assert "ATOM" not in row["opcodes"]
     assert "RED" not in row["opcodes"]
+
+
+def test_the_projection_on_hopper(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
+    row = compiled["project", "sm_90"]
+    assert row["stack"] == 0
+    assert row["shared"] <= 16 * 1024
+    assert row["registers"] <= 168  # three blocks of 128 threads a multiprocessor
+    assert not {"ATOM", "ATOMG", "RED"} & set(row["opcodes"])
+    # A warp looks at one run: its ten rounds of Philox are there once, beside 32 loads of a map and 32 of scales.
+    assert 64 <= row["opcodes"]["LDG"] <= 72
+    assert row["opcodes"]["IMAD"] < 500
 
 
 @pytest.mark.gpu
@@ -186,4 +198,53 @@ def test_on_a_gpu(oracle: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
     for got, expected in zip(ops.lpips_layer_backward_both(u, g0, g1, w, 1e-10, False), grads, strict=True):
         close(got.cpu(), expected, tolerance)
     assert torch.equal(ops.lpips_layer(g0, g0.clone(), w, 1e-10, False).cpu(), torch.zeros(shape[0]))
+    with backend.force("reference"):
+        sketch = ops.lpips_project(f0.double(), weight.double(), 300, 5, 1, 1e-10, False)
+    close(ops.lpips_project(g0, w, 300, 5, 1, 1e-10, False).cpu(), sketch, 1e-6)
     close(ops.feature_distance(g0, g1, False).cpu(), far, 1e-6)
+
+
+# runs of 64 pixels torn at the end, more than a tile of them, buckets that wrap, several blocks of buckets
+@interpreted
+@pytest.mark.parametrize("eps_mode", list(EPS))
+@pytest.mark.parametrize(
+    ("shape", "dim", "last"),
+    [
+        ((2, 5, 8, 17), 100, False),
+        ((2, 5, 8, 17), 100, True),
+        ((1, 3, 1, 1), 65, False),
+        ((1, 9, 4, 16), 1500, False),
+        ((0, 3, 2, 2), 64, False),
+    ],
+    ids=str,
+)
+def test_projection(oracle: ModuleType, shape: tuple[int, ...], dim: int, last: bool, eps_mode: str) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    f, weight = torch.randn(shape).relu().contiguous(memory_format=layout), torch.rand(shape[1])
+    if shape[0]:
+        f[0, :, 0, 0] = 0
+    for seed, layer in ((0, 0), (2**64 - 3, 4), (0x90ABCDEF12345678, 1)):
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        with backend.force("triton"):
+            got = ops.lpips_project(f, weight, dim, signed, layer, *EPS[eps_mode])
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(
+            got.double(), oracle.projection(f, weight, dim, seed, layer, eps_mode), rtol=1e-5, atol=1e-6
+        )
+        cpu = ops.lpips_project(f, weight, dim, signed, layer, *EPS[eps_mode])
+        torch.testing.assert_close(got, cpu, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+def test_projection_of_half_types_and_of_nan() -> None:
+    f, weight = torch.randn(2, 4, 5, 6), torch.rand(4)
+    for dtype in (torch.bfloat16, torch.float16):
+        g = (f * 200).to(dtype)  # squares overflow float16
+        with backend.force("triton"):
+            got = ops.lpips_project(g, weight, 64, 1, 0, 1e-10, False)
+        torch.testing.assert_close(
+            got, ops.lpips_project(g.float(), weight, 64, 1, 0, 1e-10, False), rtol=1e-5, atol=1e-6
+        )
+    f[1, 2, 3, 4] = torch.nan
+    with backend.force("triton"):
+        assert ops.lpips_project(f, weight, 64, 1, 0, 1e-10, False).isnan().any(1).tolist() == [False, True]

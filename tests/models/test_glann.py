@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "imle_epochs": 3,
     "imle_batch": 16,
     "pool": 2,
+    "checkpoint_every": 2,
 }
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
 
@@ -97,8 +98,8 @@ from fastgen import data
 from fastgen.models.glann import GLANN
 
 class Kill(Callback):
-    def on_train_batch_end(self, trainer, module, *rest):
-        if type(module).__name__ == "LatentIMLE" and trainer.current_epoch == 1:
+    def on_train_batch_start(self, trainer, module, batch, batch_number):
+        if (type(module).__name__, trainer.current_epoch, batch_number) == {when!r}:
             os.kill(os.getpid(), signal.SIGKILL)
 
 digits = data.load("digits")
@@ -107,15 +108,24 @@ GLANN(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "callbacks": [Kil
 """
 
 
-def test_resume_after_kill_9(images: data.Images, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [("GLO", 1, 3), ("LatentIMLE", 1, 0), ("LatentIMLE", 2, 3)])
+def test_resume_after_kill_9(images: data.Images, whole: Path, tmp_path: Path, when: tuple[str, int, int]) -> None:
+    """At an epoch's start and in its middle, two steps after the last checkpoint."""
     out = tmp_path / "run"
     root = str(Path(__file__).resolve().parents[2])
-    code = KILLED.format(root=root, small=SMALL, out=str(out), quiet=QUIET)
+    code = KILLED.format(root=root, small=SMALL, out=str(out), quiet=QUIET, when=when)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == -signal.SIGKILL, done.stderr
+    stage = when[0].removeprefix("Latent").lower()
+    last = torch.load(out / stage / "last.ckpt", weights_only=True)
+    assert float(last["loss_sum"][1]) == (32 if when[2] else 0)  # rows of the epoch that was broken off
     GLANN(**SMALL).fit(images, out, resume=True, trainer=QUIET)
     for name, value in states(whole).items():
         assert torch.equal(value, states(out)[name]), name
+    # The epoch's mean loss takes in the steps before the kill.
+    from fastgen.report import _curve
+
+    assert _curve(out / "logs" / stage) == _curve(whole / "logs" / stage)
 
 
 def test_load_and_sample_are_deterministic(images: data.Images, whole: Path) -> None:
@@ -228,7 +238,7 @@ class Peek(Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_number: int) -> None:
         if batch_number:
             return
-        latent, chosen = module._held["latent"], module._held["chosen"]
+        latent, chosen = module._held["latent"], module.chosen
         ids = torch.arange(40) + 40 * trainer.current_epoch
         noise = torch.cat([codes(i[None], 3, 2 * module.seed) for i in ids])
         with torch.no_grad():

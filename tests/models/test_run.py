@@ -113,6 +113,13 @@ def test_a_condition_is_kept_by_its_whole_path_and_fingerprint(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["sample", str(out), "--out=a.npy", "--n=3"]) == 0
     assert main(["train", "imle", f"--out={out}", "--resume", *QUICK]) == 0
+    (tmp_path / "words.npy").write_text("not an array")
+    words = ["train", "imle", f"--data={tmp_path / 'x.npy'}", f"--condition={tmp_path / 'words.npy'}", "--out=b"]
+    assert main([*words, *flags(SMALL_IMLE)]) == 2
+    err = capsys.readouterr().err
+    assert f"condition: {tmp_path / 'words.npy'} cannot be read as a .npy array" in err
+    assert "unsafely" not in err
+    assert not Path("b").exists()
     np.save(tmp_path / "told.npy", 255 - pixels[:, ::2, ::2])
     assert main(["train", "imle", f"--out={out}", "--resume", *QUICK]) == 2
     assert f"condition: {tmp_path / 'told.npy'} has changed since the run in {out} began" in capsys.readouterr().err
@@ -169,6 +176,14 @@ def test_a_trained_stage_is_never_given_back(images: data.Images, tmp_path: Path
     with pytest.raises(UserError, match="devices"):
         WAEMMD(**{**WAE, "lr": 1e30}).fit(images, out, resume=True, trainer={**QUIET, "devices": 2})
     assert (out / "run.json").exists()
+
+
+def test_options_that_would_change_nothing_are_not_offered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("max_epochs=3", "val_check_interval=0.5", "limit_val_batches=1"):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "imle", "--data=digits", f"--out={tmp_path / 'run'}", f"--trainer.{option}"])
+        assert stop.value.code == 2
+        assert f"--trainer.{option}" in capsys.readouterr().err
 
 
 def test_options_that_two_optimisers_cannot_have_are_not_offered(

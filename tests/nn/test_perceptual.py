@@ -1,5 +1,7 @@
 """PerceptualLoss: the number, cached targets, other people's networks, what it refuses."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,19 @@ def test_pad_to(lite0):
     frame = nn.ZeroPad2d(2)
     torch.testing.assert_close(padded(x, y), plain(frame(x), frame(y)), rtol=0, atol=0)
     assert torch.equal(padded(frame(x), frame(y)), padded(x, y))
+    target = padded.target(y)
+    assert torch.equal(padded(x, target), padded(x, y))
+    with pytest.raises(
+        ValueError, match=r"target: expected features of images of \[32, 32\] pixels, got some of \[28, 28"
+    ):
+        padded(frame(x), target)
+    with pytest.raises(ValueError, match=r"target: expected features of images of \[27, 28\] pixels"):
+        plain(x[:, :, 1:], plain.target(y))  # whose maps are of the same size
+    with pytest.raises(ValueError, match="parts: expected features of images of one size"):
+        Features.cat([target, padded.target(frame(y))])
+    stored = pickle.loads(pickle.dumps(target[:1]))
+    assert stored.size == (28, 28)
+    assert torch.equal(padded(x[:1], stored), padded(x[:1], target[:1]))
 
 
 class Net(nn.Module):

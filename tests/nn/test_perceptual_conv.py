@@ -56,6 +56,12 @@ def test_twice_differentiable():
     torch.testing.assert_close(second.double(), want, rtol=1e-4, atol=1e-3)
 
 
+def anew(conv: Conv) -> None:
+    """Other weights where the old ones lay, as far as the allocator does that."""
+    conv.weight = None
+    conv.weight = nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)
+
+
 def test_weights_that_change_are_packed_again():
     conv = frozen((3, 8, 3, 1, 1))
     x = torch.randn(1, 3, 8, 8, requires_grad=True)
@@ -65,6 +71,8 @@ def test_weights_that_change_are_packed_again():
         lambda: conv.load_state_dict({"weight": torch.randn(8, 3, 3, 3), "bias": torch.randn(8)}),
         lambda: setattr(conv, "weight", nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)),
         lambda: setattr(conv.weight, "data", torch.randn(8, 3, 3, 3)),
+        lambda: conv.weight.data.mul_(2),  # past autograd
+        lambda: anew(conv),
     ):
         with torch.no_grad():
             change()

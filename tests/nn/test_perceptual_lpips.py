@@ -6,7 +6,7 @@ from torch import nn
 
 from fastgen import check
 from fastgen.functional import lpips_distance
-from fastgen.nn import LPIPS, PerceptualEmbedding, trunks
+from fastgen.nn import LPIPS, Features, PerceptualEmbedding, trunks
 from fastgen.nn.perceptual_lpips import _NETS, HEADS
 
 NETS = ["alex", "vgg", "squeeze"]
@@ -98,6 +98,10 @@ def test_targets_of_another_size_and_of_inference_mode(spatial):
     lpips, x = LPIPS(pnet_rand=True, spatial=spatial), torch.rand(1, 3, 40, 40, requires_grad=True)
     with pytest.raises(ValueError, match=r"in1: expected features of images of size \[40, 40\]"):
         lpips(x, lpips.target(torch.rand(1, 3, 64, 64)))
+    with pytest.raises(ValueError, match=r"in1: expected features of images of size \[40, 40\], got some of \[40, 41"):
+        lpips(x, lpips.target(torch.rand(1, 3, 40, 41)))  # whose maps are of the same size
+    with pytest.raises(ValueError, match=r"in1: expected features of images of size \[40, 40\] of the same net"):
+        lpips(x, Features(lpips.target(torch.rand(1, 3, 64, 64)).maps))
     with torch.inference_mode():
         target = lpips.target(torch.rand(1, 3, 40, 40))
     assert torch.autograd.grad(lpips(x, target).sum(), x)[0].abs().sum() > 0

@@ -1,8 +1,13 @@
 """The registered ops: schema, fakes, and the choice of what they run."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgen import functional as F
 from fastgen.ops import backend
 from fastgen.ops import mmd as ops
 from fastgen.reference import mmd as reference
@@ -84,3 +89,42 @@ def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None
     with backend.force("reference"):
         ops.value(x, x, "imq", [1.0], "unbiased", "ieee")
     assert called == ["reference"]
+
+
+def test_a_plain_call_makes_the_numbers_of_the_op() -> None:
+    x, y = torch.randn(9, 3), torch.randn(7, 3)
+    options = ("imq", (0.5, 2.0), "unbiased", "bf16x3")
+    for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
+        found = op(x, y, *options)
+        found = found if isinstance(found, tuple) else (found,)
+        for got, want in zip(ops.call(sides, x, y, options), found, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and used
+def test_what_watches_ops_sees_them() -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, y = torch.randn(9, 3, requires_grad=True), torch.randn(7, 3)
+    with Watch():
+        F.mmd(x, y)
+    assert "fastgen.mmd_value_grad_x.default" in seen
+    x = x.detach()
+    mode = FakeTensorMode()
+    assert isinstance(F.mmd(mode.from_tensor(x), mode.from_tensor(y)), FakeTensor)
+    traced = torch.jit.trace(lambda a: F.mmd(a, y), (x,), check_trace=False)
+    assert "fastgen::mmd_value" in str(traced.graph)
+
+
+def test_a_default_device_is_of_no_account() -> None:
+    x, y = torch.randn(9, 3), torch.randn(7, 3)
+    weight = torch.rand(9)
+    with torch.device("meta"):
+        value, weighted = F.mmd(x, y), F.mmd(x, y, x_weight=weight)
+    assert torch.equal(value, F.mmd(x, y))
+    assert torch.equal(weighted, F.mmd(x, y, x_weight=weight))
