@@ -178,5 +178,5 @@ def test_many_gradients_at_once_and_one_image_alone():
     each = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in upstream]
     torch.testing.assert_close(got, torch.stack(each), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(conv(x[0]), y[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(RuntimeError, match="expected input.* to have 3 channels, but got 2 channels instead"):
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 2 channels instead"):
         conv(x[:, :2])
