@@ -180,3 +180,19 @@ def test_many_gradients_at_once_and_one_image_alone():
     torch.testing.assert_close(conv(x[0]), y[0], rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 2 channels instead"):
         conv(x[:, :2])
+
+
+def test_a_single_weight_that_changes_is_seen():
+    """Of which no sample tells: by its version in place, by its memory where the parameter is another."""
+    conv, x = frozen((16, 16, 3, 1, 1)), torch.randn(1, 16, 5, 5)
+
+    def another() -> None:
+        weight = conv.weight.detach().clone()
+        weight[5, 3, 1, 1] += 1
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+
+    with torch.no_grad():
+        conv(x)
+        for change in (lambda: conv.weight[3, 2, 1, 1].add_(1), another, another):  # the last two of one version
+            change()
+            torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
