@@ -185,8 +185,8 @@ def lpips_projection(
 
     Notes: For one pair, ‖S(x) − S(y)‖² has the mean LPIPS(x, y) over seeds and a relative standard deviation of at most
         √(2 / dim): 4.4 % for 1024. It is off by more than ε with a probability of at most 2 / (dim ε²) (Chebyshev).
-        Differentiable in features, and twice, in plain torch. Deterministic; any layout gives the same numbers, a
-        channels_last map is copied first.
+        Differentiable in features, and twice, in plain torch. Deterministic; on the CPU, where a
+        channels_last map is copied first, any layout gives the same bits, on CUDA the same but for rounding.
 
     Source: Charikar, Chen & Farach-Colton 2002 (CountSketch); Weinberger et al. 2009, whose variance bound holds for
         any buckets that no two coordinates share with a probability above 1 / dim: those of one run share none.

@@ -1,5 +1,6 @@
 """Vector quantisation on exact nearest neighbours."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,12 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("cluster_size", torch.ones(codebook_size))
             self.register_buffer("embed_avg", entries.clone())
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VectorQuantizer":
+        twin = type(self).__new__(type(self))
+        memo |= {id(self): twin, id(self.group): self.group}  # a process group has no copies
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def forward(self, x: Tensor, freeze_codebook: bool = False) -> Quantized:
         check.tensor("x", x)

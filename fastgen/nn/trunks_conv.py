@@ -15,14 +15,15 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, conv: "Conv") -> Tensor:
         ctx.save_for_backward(conv.weight)
         ctx.conv = conv
-        return conv.packed(x, back=False)
+        return conv.packed(x, conv.weight, back=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors  # which raises where they were changed in between
-        if torch.is_grad_enabled():  # asked for a second order
+        # Asked for a second order, or for many gradients at once (is_grads_batched).
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return tf.conv2d(grad, _turned(weight), padding=ctx.conv.padding_back), None
-        return ctx.conv.packed(grad, back=True), None
+        return ctx.conv.packed(grad, weight, back=True), None  # the module may have been given another since
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ class Conv(nn.Conv2d):
     """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights packed once for oneDNN.
 
     `nn.Conv2d` reorders its weights in every call, forward and back: a quarter of VGG16's time at 64x64 pixels. Packed
-    ones take their size again, and once more after a first backward pass. Anything else is left to `nn.Conv2d`.
+    ones take their size again, and once more after a first backward pass. Anything else is left to `nn.Conv2d`. Change
+    weights under torch.no_grad(), as it should be: of what is written past autograd, to `weight.data` or its memory, 64
+    numbers tell, not each.
     """
 
     padding: tuple[int, int]
@@ -64,6 +67,8 @@ class Conv(nn.Conv2d):
             and type(x) is Tensor
             and x.device.type == weight.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32
+            and x.ndim == 4
+            and x.shape[1] == self.in_channels
             and not (weight.requires_grad or bias.requires_grad or weight.is_inference())
             and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
             and x.numel() > 0
@@ -74,8 +79,8 @@ class Conv(nn.Conv2d):
             and torch.autograd.forward_ad._current_level < 0
         )
 
-    def packed(self, x: Tensor, back: bool) -> Tensor:
-        ops, weight = torch.ops.mkldnn, self.weight.detach()
+    def packed(self, x: Tensor, weight: Tensor, back: bool) -> Tensor:
+        ops, weight = torch.ops.mkldnn, weight.detach()
         packs: dict[bool, tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
         if back not in packs or not _same(weight, *packs[back][:3]):
             plain = _turned(weight).contiguous() if back else weight

@@ -148,7 +148,7 @@ def test_straight_through_twice() -> None:
 
 
 APART = """
-import sys, torch, torch.distributed as dist
+import copy, torch, torch.distributed as dist
 from fastgen import nn
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=3)
@@ -160,7 +160,8 @@ except RuntimeError as error:
     assert "group: expected a group that this process is in" in str(error), error
 start, x = torch.load(f"{out}/problem.pt")
 for name, group in (("all", None), ("pair", pair)):
-    layer = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5, group=group)
+    layer = copy.deepcopy(nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5, group=group))
+    assert layer.group is group
     layer.load_state_dict(start)
     for batch in x if group is None or {rank} else ():
         layer(batch[{rank}])

@@ -153,3 +153,46 @@ def test_the_nets_pack(net):
     packed = [m for m in convolutions if set(vars(m).get("_packs", {})) == {False, True}]
     assert len(convolutions) - len(packed) == {"alex": 1, "vgg": 0, "squeeze": 1}[net]  # a first one of a stride
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in lpips.features(x).maps)
+
+
+def test_the_way_back_takes_the_weights_of_the_way_there():
+    """However soon the module has others: a new parameter, or functional_call's for the time of a call."""
+    conv, other = frozen((3, 8, 3, 1, 1)), frozen((3, 8, 3, 1, 1))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    torch.autograd.grad(conv(x).sum(), x)
+    y = torch.func.functional_call(conv, {"weight": other.weight, "bias": other.bias}, (x,))
+    (want,) = torch.autograd.grad(plain(other, x).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], want, rtol=1e-4, atol=1e-4)
+    y = conv(x)
+    (want,) = torch.autograd.grad(plain(conv, x).sum(), x)
+    conv.weight = other.weight
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_many_gradients_at_once_and_one_image_alone():
+    conv = frozen((3, 8, 3, 1, 1))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    y = conv(x)
+    upstream = torch.randn(3, *y.shape)
+    (got,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in upstream]
+    torch.testing.assert_close(got, torch.stack(each), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv(x[0]), y[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 2 channels instead"):
+        conv(x[:, :2])
+
+
+def test_a_single_weight_that_changes_is_seen():
+    """Of which no sample tells: by its version in place, by its memory where the parameter is another."""
+    conv, x = frozen((16, 16, 3, 1, 1)), torch.randn(1, 16, 5, 5)
+
+    def another() -> None:
+        weight = conv.weight.detach().clone()
+        weight[5, 3, 1, 1] += 1
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+
+    with torch.no_grad():
+        conv(x)
+        for change in (lambda: conv.weight[3, 2, 1, 1].add_(1), another, another):  # the last two of one version
+            change()
+            torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
