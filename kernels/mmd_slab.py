@@ -166,7 +166,7 @@ def _mmd_pull_kernel(
     slopes = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, pulled, BLOCK_K):
         w = tl.load(slope_ptr + row[:, None] * columns + start + inner[None, :])
-        o = tl.load(there + start.to(tl.int64) * DP + inner[:, None] * DP + dim[None, :])
+        o = tl.load(there + tl.cast(start, tl.int64) * DP + inner[:, None] * DP + dim[None, :])
         gradient = tl.dot(w, o, gradient, input_precision=PRECISION)
         slopes += tl.sum(w, 1)
     first = tl.cast(first_row + tile, tl.int64)
