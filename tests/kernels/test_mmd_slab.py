@@ -119,6 +119,19 @@ def test_hessian_products(name: str, estimator: str, oracle: ModuleType) -> None
         close(g, w)
 
 
+def test_batches_beyond_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, parameters = KERNELS["rbf"]._op(2)
+    x, y, vx, vy = torch.randn(3, 3, 2), torch.randn(3, 4, 2), torch.randn(3, 3, 2), torch.randn(3, 4, 2)
+    p, q, a = torch.rand(3), torch.rand(3, 4), torch.rand(3, 3, dtype=torch.float64)
+    for directions in ((vx, vy), (vx, None)):
+        given = (x, y, *directions, "ieee", kind, parameters, "biased", p, q, a)
+        monkeypatch.setattr(mmd_launch, "LARGEST_BATCH", 3)
+        whole = mmd_launch.hessian_product(*given)
+        monkeypatch.setattr(mmd_launch, "LARGEST_BATCH", 2)
+        for got, want in zip(mmd_launch.hessian_product(*given), whole, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_hessian_products_of_one_side(oracle: ModuleType, small_slabs: None) -> None:
     kind, parameters = F.IMQ()._op(4)
     x, y, v = torch.randn(2, 130, 4), torch.randn(2, 5, 4), torch.randn(2, 130, 4)
