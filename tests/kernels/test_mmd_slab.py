@@ -85,6 +85,8 @@ def test_slabs_add_up(name: str, oracle: ModuleType, small_slabs: None) -> None:
     parts = [run(x[0], y[0], name, "unbiased", 2, terms=1 << i) for i in range(3)]
     for g, w in zip(run(x[0], y[0], name, "unbiased", 2), zip(*parts, strict=True), strict=True):
         assert (g - sum(w)).norm() <= 2e-6 * sum(part.norm() for part in w)
+    assert not parts[0][2].any()  # XX alone pulls at no y, YY at no x
+    assert not parts[1][1].any()
 
 
 @pytest.mark.parametrize("name", ["laplacian", "energy"])
