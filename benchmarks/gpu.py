@@ -233,7 +233,7 @@ def tune(stage: Stage) -> int:
     from fastgen.kernels import tuned
 
     known = searches()
-    for step in stage.steps(list(known)):
+    for step in stage.steps([step for step, (*_, family, spec, _) in known.items() if not _never(family, spec)]):
         kernel, key, candidates, default, family, spec, work = known[step]
 
         def usable(
@@ -264,6 +264,13 @@ def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps({"searched": about, "configurations": table}, indent=1) + "\n")
     os.replace(part, file)
+
+
+def _never(family: str, name: str) -> bool:
+    """Whether the spec of that name is one that the launcher never chooses on this GPU."""
+    from fastgen.kernels import aot
+
+    return any(spec.name == name and target() in spec.never for spec in aot.specs((family,), True))
 
 
 def _refused(family: str, name: str) -> str | None:

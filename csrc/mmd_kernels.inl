@@ -172,7 +172,9 @@ struct ImqSum {
     std::vector<T> a;
     double base;
 
-    explicit ImqSum(const std::vector<double>& p) : base(p[p.size() / 2]) {
+    // No factor over 1, lest a pair that is none overflows; and the widest kernel must have vanished there.
+    explicit ImqSum(const std::vector<double>& p)
+        : base(std::max(*std::min_element(p.begin(), p.end()), 1e-20 * *std::max_element(p.begin(), p.end()))) {
         for (double c : p) a.push_back(T(base / c));
     }
     double at_zero() const { return double(a.size()); }
@@ -204,7 +206,7 @@ struct Rbf {
 
     explicit Rbf(std::vector<double> p) {
         std::sort(p.begin(), p.end());
-        base = 1 / p[p.size() / 2];
+        base = 1 / std::min(p[p.size() / 2], 1e30 * p[0]);  // at a pair that is none the least rate must give 0 too
         int row = 0;
         for (size_t i = 0; i < p.size(); ++i) {
             const double ratio = i == 0 ? 0 : p[i] / p[i - 1];
@@ -246,8 +248,9 @@ struct Laplacian {
     std::vector<T> rate;
     double base;
 
-    explicit Laplacian(const std::vector<double>& p) {
-        const double middle = p[p.size() / 2];
+    explicit Laplacian(std::vector<double> p) {
+        std::sort(p.begin(), p.end());
+        const double middle = std::min(p[p.size() / 2], 1e14 * p[0]);  // as for Rbf
         base = 1 / (middle * middle);
         for (double g : p) rate.push_back(T(g / middle));
     }
@@ -309,8 +312,9 @@ struct RationalQuadratic {
     FASTGEN_INLINE Vec<T> operator()(Vec<T> u, Vec<T>& w, Vec<T>& e) const {
         Vec<T> k{}, total{}, bends{};
         for (size_t i = 0; i < alpha.size(); ++i) {
-            const Vec<T> t = u * inverse[i] + T(1), shrink = reciprocal<T>(t);
-            const Vec<T> term = exp_negative<T>(log_above_one<T>(t) * -alpha[i]);
+            const Vec<T> x = u * inverse[i], t = x + T(1), shrink = reciprocal<T>(t);
+            // What rounding took from t belongs to its logarithm: a large α multiplies it.
+            const Vec<T> term = exp_negative<T>((log_above_one<T>(t) + (x - (t - T(1))) * shrink) * -alpha[i]);
             k += term;
             if constexpr (order > 0) total += term * shrink;
             if constexpr (order > 1) bends += term * shrink * shrink * (inverse[i] + T(1));

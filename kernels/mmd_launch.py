@@ -116,7 +116,7 @@ class _Packed:
             "PTX": x.is_cuda and torch.version.hip is None,
         }
         # A kernel that does not vanish far out would take a distance that overflows for one that does not count.
-        limit = FINITE / 4 if kind in ("energy", "polynomial") else FINITE
+        limit = FINITE / 4 if kind in ("energy", "polynomial", "rational_quadratic") else FINITE
         self.z = x.new_empty(self.items, self.padded, self.dp, dtype=torch.float32)
         self.norm = x.new_empty(self.items, self.padded, dtype=torch.float32)
         self.pack(x, y, self.z, self.norm, limit, not self.inner)

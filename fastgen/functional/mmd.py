@@ -242,7 +242,8 @@ def mmd(
         derivatives of the Laplacian and energy kernels run on blocked matrix products, in full precision; these two
         take "bf16x6" products where "bf16x3" or "tf32" is asked for, and pairs closer than an eighth of their distance
         from the centre get their distance from differences. Gradients that do not fit on chip (D > 128, there or
-        elsewhere) go through 64 MiB of memory, as do second derivatives.
+        elsewhere) go through 64 MiB of memory, second derivatives through twice that; more than 1024 batch items take
+        64 KiB each.
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """

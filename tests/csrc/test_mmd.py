@@ -55,6 +55,28 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     assert (got.double() - want).norm() <= tolerance * (want.norm() + 0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "parameters"),
+    [
+        ("imq", [8.0, 8e3]),
+        ("imq", [8.0, 8.0, 8e20]),
+        ("rbf", [0.5, 5e-41]),
+        ("rbf", [5e39, 0.5]),
+        ("laplacian", [1.0, 1e-20]),
+        ("laplacian", [1e10, 1.0]),
+        ("rational_quadratic", [1.0, 1e4]),
+        ("rational_quadratic", [1.0, 1e10]),
+    ],
+)
+def test_parameters_far_apart(isa: str, kind: str, parameters: list[float], oracle: ModuleType) -> None:
+    """What is beyond the points (padding) must have vanished for the widest kernel, and not overflow for the least."""
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    value, gx, _ = oracle.mmd(x, y, kind, tuple(parameters), "biased")
+    got, got_x = ops.value_grad_x(x, y, kind, parameters, "biased", "ieee")
+    assert abs(float(got) - float(value)) <= 2e-6
+    assert (got_x.double() - gx).norm() <= 1e-5 * gx.norm()
+
+
 def test_terms_and_coefficients(isa: str) -> None:
     x, y = torch.randn(60, 5, dtype=torch.float64), torch.randn(45, 5, dtype=torch.float64)
     for kind, parameters in (KERNELS["imq_pairs"], KERNELS["energy"], KERNELS["polynomial"]):

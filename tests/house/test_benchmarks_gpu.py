@@ -192,7 +192,12 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gpu, "_timed", timed)
     monkeypatch.setattr(gpu, "_refused", lambda family, spec: None)
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
-    gpu.tune(gpu.Stage("tune", tmp_path / "a.json", about()))
+    # What would not compile on a device, whose launcher does not ask for it, must not end the search there.
+    for device, missing in (("sm_100", {"mmd_grad D=128"}), ("sm_90", set())):
+        monkeypatch.setattr(gpu, "target", lambda device=device: device)
+        stage = gpu.Stage("tune", tmp_path / f"{device}.json", about())
+        gpu.tune(stage)
+        assert set(known) - set(stage.done) == missing
     monkeypatch.setattr(tuned.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "A GPU")
     tuned._table.cache_clear()

@@ -141,6 +141,8 @@ def test_points_out_of_reach_vanish() -> None:
         assert not run(x, y * 1e8, name, "unbiased", 0)[0].isfinite()
     apart = torch.eye(2) * 1.45e19  # whose distance alone overflows
     assert run(torch.zeros(2, 2), apart, "energy", "unbiased", 0)[0].isnan()
+    flat = ("rational_quadratic", (2.0**-0.5, 0.01))  # a hundredth power: not small even there
+    assert mmd_launch.mmd(torch.zeros(2, 2), apart, 0, "ieee", None, *flat, "unbiased")[0].isnan()
 
 
 def test_close_pairs_keep_their_distance(oracle: ModuleType) -> None:

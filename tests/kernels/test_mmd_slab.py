@@ -85,6 +85,8 @@ def test_slabs_add_up(name: str, oracle: ModuleType, small_slabs: None) -> None:
     parts = [run(x[0], y[0], name, "unbiased", 2, terms=1 << i) for i in range(3)]
     for g, w in zip(run(x[0], y[0], name, "unbiased", 2), zip(*parts, strict=True), strict=True):
         assert (g - sum(w)).norm() <= 2e-6 * sum(part.norm() for part in w)
+    assert not parts[0][2].any()  # XX alone pulls at no y, YY at no x
+    assert not parts[1][1].any()
 
 
 @pytest.mark.parametrize("name", ["laplacian", "energy"])
@@ -117,6 +119,19 @@ def test_hessian_products(name: str, estimator: str, oracle: ModuleType) -> None
         got = products(a, b, value, vx, vy)
     for g, w in zip(got, want, strict=True):
         close(g, w)
+
+
+def test_batches_beyond_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, parameters = KERNELS["rbf"]._op(2)
+    x, y, vx, vy = torch.randn(3, 3, 2), torch.randn(3, 4, 2), torch.randn(3, 3, 2), torch.randn(3, 4, 2)
+    p, q, a = torch.rand(3), torch.rand(3, 4), torch.rand(3, 3, dtype=torch.float64)
+    for directions in ((vx, vy), (vx, None)):
+        given = (x, y, *directions, "ieee", kind, parameters, "biased", p, q, a)
+        monkeypatch.setattr(mmd_launch, "LARGEST_BATCH", 3)
+        whole = mmd_launch.hessian_product(*given)
+        monkeypatch.setattr(mmd_launch, "LARGEST_BATCH", 2)
+        for got, want in zip(mmd_launch.hessian_product(*given), whole, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_hessian_products_of_one_side(oracle: ModuleType, small_slabs: None) -> None:

@@ -101,6 +101,13 @@ def test_a_plain_call_makes_the_numbers_of_the_op() -> None:
             assert torch.equal(got, want)
 
 
+def test_a_lazy_minus_is_seen() -> None:
+    x, y = torch.randn(9, 3), torch.randn(7, 3)
+    for a, b, want in ((torch._neg_view(x), y, F.mmd(-x, y)), (x, torch._neg_view(y), F.mmd(x, -y))):
+        assert a.is_neg() or b.is_neg()
+        assert torch.equal(F.mmd(a, b), want)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and used
 def test_what_watches_ops_sees_them() -> None:
     seen = []
