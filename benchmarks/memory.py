@@ -102,6 +102,7 @@ class Server:
             env=environment,
             text=True,
         )
+        self._answer()  # that it is ready: what it imports would take processors from the first timings
 
     def peak_bytes(self, work: Work, provider: str) -> int | None:
         timeout = self.timeout * (10 if work.once else 1)
@@ -110,9 +111,12 @@ class Server:
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError("the process that measures memory ended")
@@ -146,6 +150,7 @@ def serve(scale: str) -> int:
     for name in ("fastgen.functional", "fastgen.nn", "torch._inductor.compile_fx"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         question = json.loads(line)
         if "make" in question:  # a work of a size that no list has
