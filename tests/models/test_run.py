@@ -218,8 +218,8 @@ class Break(Callback):
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Lightning leaves SIGINT ignored."""
-    before = signal.getsignal(signal.SIGINT)
+    """Lightning leaves SIGINT ignored, and so does a shell that starts the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
