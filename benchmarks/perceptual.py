@@ -210,12 +210,16 @@ def _lpips_eager(
     return setup
 
 
-def _lpips_fastgen(net: str, cached: bool, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], Run]:
+def _fastgen(
+    make: Callable[[Any], Any], cached: bool, dtype: torch.dtype = torch.float32
+) -> Callable[[dict[str, Any]], Run]:
+    """Ours: the loss that `make` takes from fastgen.nn, against a target that is `cached` or an image as x is."""
+
     def setup(inputs: dict[str, Any]) -> Run:
         from fastgen import nn
 
         x, y = inputs["x"], inputs["y"]
-        loss = nn.LPIPS(net=net, trunk_weights=trunk_state(net)).to(x.device)
+        loss = make(nn).to(x.device)
         half = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
         with half:
             target = loss.target(y) if cached else y
@@ -271,10 +275,13 @@ def _lpips_oracle(net: str) -> Callable[[dict[str, Any]], Result]:
 
 
 def _lpips_work(net: str, batch: int, pixels: int, compiled: bool = False) -> Work:
+    def ours(nn: Any) -> Any:
+        return nn.LPIPS(net=net, trunk_weights=trunk_state(net))
+
     providers: dict[str, Any] = {
-        "fastgen": _lpips_fastgen(net, cached=True),
-        "fastgen, target uncached": _lpips_fastgen(net, cached=False),
-        "fastgen, bf16": Provider(_lpips_fastgen(net, True, torch.bfloat16), ("cuda",), tolerance=0.1),
+        "fastgen": _fastgen(ours, cached=True),
+        "fastgen, target uncached": _fastgen(ours, cached=False),
+        "fastgen, bf16": Provider(_fastgen(ours, True, torch.bfloat16), ("cuda",), tolerance=0.1),
         "eager": _lpips_eager(net),
         "torch.compile": Provider(_lpips_eager(net, compiled="default"), DEVICES if compiled else ("cuda",)),
         "torch.compile, CUDA graph": Provider(_lpips_eager(net, compiled="reduce-overhead"), ("cuda",)),
@@ -362,31 +369,17 @@ def _glann_eager(dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]
     return setup
 
 
-def _glann_fastgen(cached: bool) -> Callable[[dict[str, Any]], Run]:
-    def setup(inputs: dict[str, Any]) -> Run:
-        from fastgen import nn
-
-        x, y = inputs["x"], inputs["y"]
-        loss = nn.GLANNLoss(trunk_state("vgg")).to(x.device)
-        target = loss.target(y) if cached else y
-
-        def run() -> Result:
-            value = loss(x, target)
-            return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-        return run
-
-    return setup
-
-
 def _glann_work(batch: int, pixels: int) -> Work:
+    def ours(nn: Any) -> Any:
+        return nn.GLANNLoss(trunk_state("vgg"))
+
     return Work(
         family="perceptual",
         name=f"GLANN's loss, {batch}x3x{pixels}x{pixels}, gradient to one image",
         inputs=_images(batch, pixels),
         providers={
-            "fastgen": _glann_fastgen(cached=True),
-            "fastgen, target uncached": _glann_fastgen(cached=False),
+            "fastgen": _fastgen(ours, cached=True),
+            "fastgen, target uncached": _fastgen(ours, cached=False),
             "eager": _glann_eager(),
         },
         oracle=lambda inputs: _glann_eager(torch.float64)(inputs)(),
@@ -455,23 +448,6 @@ def _images(batch: int, pixels: int, channels: int = 3) -> Callable[[torch.devic
     return inputs
 
 
-def _step_fastgen(cached: bool) -> Callable[[dict[str, Any]], Run]:
-    def setup(inputs: dict[str, Any]) -> Run:
-        from fastgen import nn
-
-        x, y = inputs["x"], inputs["y"]
-        loss = nn.PerceptualLoss("efficientnet-lite0", layers=LAYERS, pixel_weight=1.0).to(x.device)
-        target = loss.target(y) if cached else y
-
-        def run() -> Result:
-            value = loss(x, target)
-            return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-        return run
-
-    return setup
-
-
 def _step_eager(inputs: dict[str, Any]) -> Run:
     x, y = inputs["x"], inputs["y"]
     state = {key: value.to(x.device) for key, value in _state().items() if value.is_floating_point()}
@@ -499,13 +475,16 @@ def _step_oracle(inputs: dict[str, Any]) -> Result:
 
 
 def _step_work(batch: int, pixels: int) -> Work:
+    def ours(nn: Any) -> Any:
+        return nn.PerceptualLoss("efficientnet-lite0", layers=LAYERS, pixel_weight=1.0)
+
     return Work(
         family="perceptual",
         name=f"perceptual step, EfficientNet-lite0, {batch}x1x{pixels}x{pixels}",
         inputs=_images(batch, pixels, channels=1),
         providers={
-            "fastgen": _step_fastgen(cached=True),
-            "fastgen, target uncached": _step_fastgen(cached=False),
+            "fastgen": _fastgen(ours, cached=True),
+            "fastgen, target uncached": _fastgen(ours, cached=False),
             "eager": _step_eager,
         },
         oracle=_step_oracle,

@@ -80,8 +80,8 @@ class _Packed:
         self,
         x: Tensor,
         y: Tensor,
-        kernel: tuple[str, float, tuple[float, ...], float],
         precision: str,
+        pairs: tuple[float, float, float, float] | None,
         kind: str,
         parameters: Sequence[float],
         estimator: str,
@@ -102,7 +102,7 @@ class _Packed:
             self.precision = "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
         blackwell = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] in (10, 11)
         self.deep = self.d > resident(kind, self.precision, blackwell)
-        name, base, self.parameters, slope = kernel
+        name, base, self.parameters, slope = in_units(kind, parameters, pairs)
         self.inner = kind == "polynomial"
         self.scale = base**-0.5
         self.gradient_scale = 4 * slope * self.scale
@@ -262,8 +262,7 @@ def mmd(
         found = [mmd(a, b, *options, p, q, c, terms) for a, b, p, q, c in parts]
         return tuple(torch.cat(each) for each in zip(*found, strict=True))
     with torch.cuda.device_of(x):
-        kernel = in_units(kind, parameters, pairs)
-        packed = _Packed(x, y, kernel, precision, kind, parameters, estimator, x_weight, y_weight, coefficients)
+        packed = _Packed(x, y, precision, pairs, kind, parameters, estimator, x_weight, y_weight, coefficients)
         tiles_x, tiles = packed.padded_n // ROWS, packed.padded // ROWS
         graded = (0, tiles_x, tiles)[sides]  # tiles of rows with a gradient; the value kernel takes the rest
         last = max(graded, tiles if terms & YY else tiles_x)  # beyond it no row has a pair that is not met already
@@ -341,8 +340,7 @@ def hessian_product(
         hx, hy = zip(*found, strict=True)
         return torch.cat(hx), hy[0] if vy is None else torch.cat(hy)
     with torch.cuda.device_of(x):
-        kernel = in_units(kind, parameters, None)
-        packed = _Packed(x, y, kernel, precision, kind, parameters, estimator, x_weight, y_weight, coefficients)
+        packed = _Packed(x, y, precision, None, kind, parameters, estimator, x_weight, y_weight, coefficients)
         v = torch.empty_like(packed.z)
         packed.pack(vx, torch.zeros_like(y) if vy is None else vy, v, None, FINITE, False)
         out = [p.new_zeros(p.shape, dtype=torch.float32) for p in ((x,) if vy is None else (x, y))]

@@ -19,11 +19,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import benchmarks.harness
-
-    return benchmarks.harness
+def harness(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("harness")
 
 
 def summing(harness: ModuleType, **more: Any) -> Any:

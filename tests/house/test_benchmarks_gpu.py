@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,19 +37,13 @@ SASS = """
 
 
 @pytest.fixture
-def static(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import benchmarks.static
-
-    return benchmarks.static
+def static(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("static")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import benchmarks.gpu
-
-    return benchmarks.gpu
+def gpu(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("gpu")
 
 
 def test_the_inner_loop_is_found_and_counted(static: ModuleType) -> None:

@@ -1,7 +1,7 @@
 """Nearest's benchmark: the team of processes, the cost on paper, and the rows on which peers are wrong."""
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,16 +10,12 @@ import torch
 
 from fastgen import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def ring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import benchmarks.nearest_ring
-
-    return benchmarks.nearest_ring
+def ring(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("nearest_ring")
 
 
 def test_a_team_answers_and_goes_home(ring: ModuleType) -> None:

@@ -1,6 +1,7 @@
 """Report and growth: the same files give the same bytes, regressions are named, the README says what was measured."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import benchmarks.report
-
-    return benchmarks.report
+def report(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("report")
 
 
 def row(provider: str, n: int, seconds: float, **more: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The perceptual works: their measure of error, and that GLANN's official way is written down right."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -7,11 +8,8 @@ import torch
 
 
 @pytest.fixture
-def works(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> ModuleType:
-    monkeypatch.syspath_prepend(str(pytestconfig.rootpath))
-    from benchmarks import perceptual
-
-    return perceptual
+def works(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("perceptual")
 
 
 def test_one_percent_too_much_is_an_error(works: ModuleType) -> None:
