@@ -54,11 +54,20 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> float:
-    """A finite float within the bounds; `above` is exclusive."""
+    """A finite float within the bounds, finite in `dtype` too; `above` is exclusive."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if dtype is not None and torch.finfo(dtype).max < abs(value) < float("inf"):
+        got = f"{value!r}" if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
+        raise ValueError(f"{name}: expected a number finite in {short(dtype)}, got {got}")
     bounds = (
         [f"> {above}"] * (above is not None)
         + [f">= {least}"] * (least is not None)

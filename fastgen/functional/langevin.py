@@ -205,8 +205,8 @@ def _interval(clamp: Any) -> tuple[float, float]:
         return -math.inf, math.inf
     if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
         raise TypeError(f"clamp: expected None or (low, high), got {check.describe(clamp)}")
-    low = -math.inf if clamp[0] is None else _number("clamp[0]", clamp[0])
-    high = math.inf if clamp[1] is None else _number("clamp[1]", clamp[1])
+    low = -math.inf if clamp[0] is None else check.number("clamp[0]", clamp[0], dtype=torch.float64)
+    high = math.inf if clamp[1] is None else check.number("clamp[1]", clamp[1], dtype=torch.float64)
     if low > high:
         raise ValueError(f"clamp: expected low <= high, got {clamp!r}")
     return low, high
@@ -221,20 +221,11 @@ def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach()
 
 
-def _number(name: str, value: Any, dtype: torch.dtype = torch.float64, **bounds: float) -> float:
-    """`check.number`, finite in `dtype` too."""
-    most = torch.finfo(dtype).max
-    if isinstance(value, (int, float)) and (most < value < math.inf or -math.inf < value < -most):
-        got = f"{value!r}" if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
-        raise ValueError(f"{name}: expected a number finite in {check.short(dtype)}, got {got}")
-    return check.number(name, value, **bounds)
-
-
 def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
         value = value.expand(len(x)) if value.ndim == 0 else value
         return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
-    return _number(name, value, _ops.compute_dtype(x.dtype), **bounds), None
+    return check.number(name, value, dtype=_ops.compute_dtype(x.dtype), **bounds), None
 
 
 def _scales(
@@ -242,11 +233,11 @@ def _scales(
 ) -> tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]:
     """(η and s for each chain, or None; η, s, 1/σ², c): the arguments as the ops want them."""
     compute = _ops.compute_dtype(x.dtype)
-    clip = math.inf if grad_clip is None else _number("grad_clip", grad_clip, above=0.0)
+    clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0, dtype=torch.float64)
     h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
     precision = 0.0
     if prior_scale is not None:
-        square = _number("prior_scale", prior_scale, above=0.0) * prior_scale
+        square = check.number("prior_scale", prior_scale, above=0.0, dtype=torch.float64) * prior_scale
         precision = 1.0 / square if square else math.inf
         if not max(1.0, h) * precision <= torch.finfo(compute).max:
             raise ValueError(
@@ -274,7 +265,7 @@ def _statistics(stats: Any, x: Tensor) -> None:
 def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
     if not isinstance(lookahead, (tuple, list)) or len(lookahead) != 2:
         raise TypeError(f"lookahead: expected (beta, out), got {check.describe(lookahead)}")
-    beta = _number("lookahead[0]", lookahead[0], _ops.compute_dtype(x.dtype))
+    beta = check.number("lookahead[0]", lookahead[0], dtype=_ops.compute_dtype(x.dtype))
     out = check.tensor("lookahead[1]", lookahead[1], dtypes=(x.dtype,))
     _like("lookahead[1]", out, "x", x)
     if out is x or (not torch.compiler.is_compiling() and out.numel() and out.data_ptr() == x.data_ptr()):

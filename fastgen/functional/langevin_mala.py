@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.langevin import _key, _like, _number, _scales, _state
+from fastgen.functional.langevin import _key, _like, _scales, _state
 from fastgen.ops import langevin_mala as _ops
 from fastgen.reference.langevin import PURPOSE_DECIDE, PURPOSE_FRESH
 
@@ -70,7 +70,7 @@ def langevin_accept_(
         if torch.is_grad_enabled() and value.requires_grad:
             raise RuntimeError(f"{name}: langevin_accept_ is not differentiable; detach it")
     if isinstance(noise_scale, (int, float)):
-        _number("noise_scale", noise_scale, above=0.0)
+        check.number("noise_scale", noise_scale, above=0.0, dtype=torch.float64)
     step_sizes, noise_scales, scalars = _scales(x, step_size, noise_scale, prior_scale, grad_clip)
     key = _key(x, seed, step, chain_id)
     log_alpha, accepted = torch.ops.fastgen.langevin_accept_(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.langevin import _number, langevin_step_
+from fastgen.functional.langevin import langevin_step_
 from fastgen.functional.langevin_mala import langevin_accept_
 from fastgen.reference.langevin import STEPS
 
@@ -453,7 +453,7 @@ def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
         return
     positive = name.startswith("step_size") or method == "mala"
     if not isinstance(value, Tensor):
-        _number(name, value, dtype, **({"above": 0.0} if positive else {"least": 0.0}))
+        check.number(name, value, above=0.0 if positive else None, least=None if positive else 0.0, dtype=dtype)
     elif value.device.type == "cpu":
         good = value.isfinite() & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):

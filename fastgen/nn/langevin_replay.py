@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.langevin import _number
 from fastgen.functional.langevin_mala import decision_words, fresh_normals, fresh_uniforms
 from fastgen.reference.langevin import STEPS
 
@@ -72,10 +71,12 @@ class ReplayBuffer(nn.Module):
         self.reinit_probability = check.number("reinit_probability", reinit_probability, least=0.0, most=1.0)
         self.init = check.choice("init", init, ("uniform", "normal"))
         # Values are made in float32.
-        self.low, self.high = (_number(f"value_range[{i}]", v, torch.float32) for i, v in enumerate(value_range))
+        self.low, self.high = (
+            check.number(f"value_range[{i}]", v, dtype=torch.float32) for i, v in enumerate(value_range)
+        )
         if not self.low < self.high:
             raise ValueError(f"value_range: expected low < high, got {value_range!r}")
-        _number("value_range: high - low", self.high - self.low, torch.float32)
+        check.number("value_range: high - low", self.high - self.low, dtype=torch.float32)
         if dtype not in (torch.float32, torch.bfloat16, torch.uint8):
             raise TypeError(f"dtype: expected float32, bfloat16 or uint8, got {dtype}")
         if dtype == torch.uint8 and init == "normal":
