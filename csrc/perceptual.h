@@ -10,7 +10,8 @@ enum class MapType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 }
 // Maps [n, c, pixels], or [n, pixels, c] where last.
 struct LpipsLayer {
     const void *f0, *f1, *weight, *grad;  // [c] and [n]
-    void *value, *out0, *out1;            // [n], or (where value is null) the gradients of one or both maps
+    void *value, *kept;                   // [n]; null or [4, n, pixels], what the gradient needs of each pixel
+    void *out0, *out1;                    // where value is null, from what was kept: the gradients of one or both maps
     int64_t n, c, pixels;
     double eps;
     bool inside, last;

@@ -1,11 +1,13 @@
-// A task is a block of pixels of one sample, both maps of which fit the second-level cache: norms, weighted sums and, for
-// a gradient, what is written come from three passes over the block, the maps from memory once. Every pixel is computed
-// alone and blocks are cut by shape only, so no result depends on the number of threads.
+// Forward, a task is a block of pixels of one sample, both maps of which fit the second-level cache: norms as they come
+// from memory, then weighted sums from the cache. What a gradient needs of each pixel can be kept: the way back is then one
+// pass over the maps, in the order they lie in. Every pixel is computed alone and blocks are cut by shape only, so no result
+// depends on the number of threads.
 #include "perceptual_maps.inl"
 
 constexpr int64_t CACHED = 1 << 15;  // elements of one map in a block
 constexpr int64_t SERIAL = 1 << 14;  // elements of one map that do not pay for a second thread
 constexpr int64_t GROUP = 16;        // pixels in channels_last that stay in the nearest caches
+constexpr int64_t SPAN = 1024;       // pixels whose four numbers stay in the nearest cache, on the way back
 
 static int team(int64_t elements, int threads) {
     return int(std::max<int64_t>(1, std::min<int64_t>(threads, elements / SERIAL)));
@@ -21,6 +23,16 @@ static inline void normalise(T square, T eps, bool inside, T& scale, T& inverse)
     inverse = none ? T(1) : T(1) / r;
 }
 
+// What is kept of the pixels from the `at`-th on: scale0, scale1, along0 = Σ w u0 (u0 − u1) / r0, along1 = Σ w u1 (u1 − u0) / r1.
+template <class T>
+struct Kept {
+    T *scale0, *scale1, *along0, *along1;
+
+    Kept(const LpipsLayer& k, int64_t at) : scale0(static_cast<T*>(k.kept) + at) {
+        scale1 = scale0 + k.n * k.pixels, along0 = scale1 + k.n * k.pixels, along1 = along0 + k.n * k.pixels;
+    }
+};
+
 // A block of channel planes, copied strip by strip to [strips][c + 1][WIDTH]: planes lie a power of two apart, so in place
 // they would evict each other from the cache (so would strips without the odd row), and a strip's sums stay in registers.
 template <class T>
@@ -28,18 +40,19 @@ struct Block {
     static constexpr int64_t HALF = Lanes<T>::count, WIDTH = 2 * HALF;
     const int64_t pitch, pixels;  // from strip to strip; whole strips
     const std::unique_ptr<T[]> data;  // not cleared: that would cost a pass
-    T *x0, *x1, *scale0, *scale1, *along0, *along1;  // the maps; numbers of each pixel, for the gradient
+    T *x0, *x1, *square0, *square1;  // the maps; Σf² of each pixel
 
     Block(int64_t c, int64_t size)
         : pitch((c + 1) * WIDTH), pixels((size + WIDTH - 1) / WIDTH * WIDTH),
-          data(new T[size_t(2 * pitch * (pixels / WIDTH) + 4 * pixels)]) {
-        x0 = data.get(), x1 = x0 + pitch * (pixels / WIDTH), scale0 = x1 + pitch * (pixels / WIDTH);
-        scale1 = scale0 + pixels, along0 = scale1 + pixels, along1 = along0 + pixels;
+          data(new T[size_t(2 * pitch * (pixels / WIDTH) + 2 * pixels)]) {
+        x0 = data.get(), x1 = x0 + pitch * (pixels / WIDTH), square0 = x1 + pitch * (pixels / WIDTH);
+        square1 = square0 + pixels;
     }
 
     template <class S>
-    void pack(T* to, const S* from, const LpipsLayer& k, int64_t size) const {
+    void pack(T* to, T* square, const S* from, const LpipsLayer& k, int64_t size) const {
         constexpr int64_t AHEAD = 4;  // rows lie on other pages, where the processor does not look by itself
+        std::fill(square, square + pixels, T(0));
         for (int64_t c = 0; c < k.c; ++c, to += WIDTH, from += k.pixels) {
             if (c + AHEAD < k.c)
                 for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(S)))
@@ -47,92 +60,74 @@ struct Block {
             T* strip = to;
             int64_t i = 0;
             for (; i + WIDTH <= size; i += WIDTH, strip += pitch) {
-                store(strip, load(from + i));
-                store(strip + HALF, load(from + i + HALF));
+                const auto u0 = load(from + i), u1 = load(from + i + HALF);
+                store(strip, u0), store(strip + HALF, u1);
+                store(square + i, load(square + i) + u0 * u0);
+                store(square + i + HALF, load(square + i + HALF) + u1 * u1);
             }
             if (i == size) continue;
             std::fill(strip, strip + WIDTH, T(0));
             copy(strip, from + i, size - i);
+            const auto u0 = load(strip), u1 = load(strip + HALF);
+            store(square + i, load(square + i) + u0 * u0);
+            store(square + i + HALF, load(square + i + HALF) + u1 * u1);
         }
     }
 
-    // Σ over a strip's pixels of the distance, or (each ≠ nullptr) what the gradients need of each pixel.
-    double strip(const LpipsLayer& k, int64_t first, const T* each) const {
+    // Σ of the distance over the pixels of the strip from `first` on; `left` of them have numbers to keep.
+    template <bool keep>
+    double strip(const LpipsLayer& k, int64_t first, int64_t left, const Kept<T>& kept) const {
         using V = typename Lanes<T>::V;
         const T *f0 = x0 + first / WIDTH * pitch, *f1 = x1 + first / WIDTH * pitch;
         const T *weight = static_cast<const T*>(k.weight), eps = T(k.eps);
-        const int64_t end = k.c * WIDTH;
-        V s0{}, s1{}, s2{}, s3{};
-        for (int64_t c = 0; c < end; c += WIDTH) {
-            const V u0 = load(f0 + c), u1 = load(f0 + c + HALF), v0 = load(f1 + c), v1 = load(f1 + c + HALF);
-            s0 += u0 * u0, s1 += u1 * u1, s2 += v0 * v0, s3 += v1 * v1;
-        }
-        T square[2 * WIDTH], scale[2 * WIDTH], inverse[2 * WIDTH];
-        store(square, s0), store(square + HALF, s1), store(square + WIDTH, s2), store(square + 3 * HALF, s3);
-        for (int64_t i = 0; i < 2 * WIDTH; ++i) normalise(square[i], eps, k.inside, scale[i], inverse[i]);
+        T scale[2 * WIDTH], inverse[2 * WIDTH];
+        for (int64_t i = 0; i < WIDTH; ++i) normalise(square0[first + i], eps, k.inside, scale[i], inverse[i]);
+        for (int64_t i = 0; i < WIDTH; ++i)
+            normalise(square1[first + i], eps, k.inside, scale[WIDTH + i], inverse[WIDTH + i]);
         const V a0 = load(scale), a1 = load(scale + HALF), b0 = load(scale + WIDTH), b1 = load(scale + 3 * HALF);
-
-        s0 = s1 = s2 = s3 = V{};
-        if (each == nullptr) {
-            for (int64_t c = 0; c < end; c += WIDTH, ++weight) {
-                const V d0 = load(f0 + c) * a0 - load(f1 + c) * b0;
-                const V d1 = load(f0 + c + HALF) * a1 - load(f1 + c + HALF) * b1;
-                s0 += d0 * d0 * *weight, s1 += d1 * d1 * *weight;
-            }
-            store(square, s0), store(square + HALF, s1);
-            return sum_of(square, WIDTH);
+        V sum0{}, sum1{}, s0{}, s1{}, s2{}, s3{};
+        for (int64_t c = 0; c < k.c; ++c, f0 += WIDTH, f1 += WIDTH) {
+            const V u0 = load(f0) * a0, v0 = load(f1) * b0, d0 = u0 - v0;
+            const V u1 = load(f0 + HALF) * a1, v1 = load(f1 + HALF) * b1, d1 = u1 - v1;
+            const V w0 = d0 * weight[c], w1 = d1 * weight[c];
+            sum0 += d0 * w0, sum1 += d1 * w1;
+            if (keep) s0 += u0 * w0, s1 += u1 * w1, s2 -= v0 * w0, s3 -= v1 * w1;
         }
-        for (int64_t c = 0; c < end; c += WIDTH, ++weight) {
-            const V u0 = load(f0 + c) * a0, v0 = load(f1 + c) * b0, d0 = (u0 - v0) * *weight;
-            const V u1 = load(f0 + c + HALF) * a1, v1 = load(f1 + c + HALF) * b1, d1 = (u1 - v1) * *weight;
-            s0 += u0 * d0, s1 += u1 * d1, s2 += v0 * d0, s3 += v1 * d1;
-        }
-        store(scale0 + first, a0), store(scale0 + first + HALF, a1);
-        store(scale1 + first, b0), store(scale1 + first + HALF, b1);
-        store(along0 + first, s0 * (load(inverse) * *each));
-        store(along0 + first + HALF, s1 * (load(inverse + HALF) * *each));
-        store(along1 + first, s2 * (load(inverse + WIDTH) * *each));
-        store(along1 + first + HALF, s3 * (load(inverse + 3 * HALF) * *each));
-        return 0;
-    }
-
-    // Plane by plane straight to where they belong.
-    template <class S, bool both>
-    void gradients(const LpipsLayer& k, S* out0, S* out1, T each, int64_t size) const {
-        using V = typename Lanes<T>::V;
-        const T *weight = static_cast<const T*>(k.weight), *f0 = x0, *f1 = x1;
-        for (int64_t c = 0; c < k.c; ++c, out0 += k.pixels, out1 += both ? k.pixels : 0, f0 += WIDTH, f1 += WIDTH)
-            for (int64_t i = 0; i < size; i += HALF) {
-                const int64_t at = i / WIDTH * pitch + i % WIDTH;
-                const V a = load(scale0 + i), b = load(scale1 + i), u = load(f0 + at) * a, v = load(f1 + at) * b;
-                const V d = (u - v) * weight[c];
-                store<false>(out0 + i, d * (a * each) - u * load(along0 + i), size - i);
-                if (both) store<false>(out1 + i, v * load(along1 + i) - d * (b * each), size - i);
+        if (keep) {
+            store<false>(kept.scale0 + first, a0, left), store<false>(kept.scale1 + first, b0, left);
+            store<false>(kept.along0 + first, s0 * load(inverse), left);
+            store<false>(kept.along1 + first, s2 * load(inverse + WIDTH), left);
+            if (left > HALF) {
+                const int64_t at = first + HALF;
+                left -= HALF;
+                store<false>(kept.scale0 + at, a1, left), store<false>(kept.scale1 + at, b1, left);
+                store<false>(kept.along0 + at, s1 * load(inverse + HALF), left);
+                store<false>(kept.along1 + at, s3 * load(inverse + 3 * HALF), left);
             }
+        }
+        T distance[WIDTH];
+        store(distance, sum0), store(distance + HALF, sum1);
+        return sum_of(distance, WIDTH);
     }
 };
 
-// Channels in planes. Returns Σ over the block's pixels of the distance, or writes the gradients and returns 0.
+// Channels in planes: Σ of the distance over a block's pixels.
 template <class S, class T = typename Wide<S>::T>
 static double planes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, const Block<T>& block) {
     const int64_t offset = n * k.c * k.pixels + first;
-    block.pack(block.x0, static_cast<const S*>(k.f0) + offset, k, size);
-    block.pack(block.x1, static_cast<const S*>(k.f1) + offset, k, size);
-    T each = 0;
-    if (k.value == nullptr) each = T(2.0 / double(k.pixels)) * static_cast<const T*>(k.grad)[n];
+    block.pack(block.x0, block.square0, static_cast<const S*>(k.f0) + offset, k, size);
+    block.pack(block.x1, block.square1, static_cast<const S*>(k.f1) + offset, k, size);
+    const Kept<T> kept(k, n * k.pixels + first);
     double total = 0;
-    for (int64_t i = 0; i < size; i += block.WIDTH) total += block.strip(k, i, k.value == nullptr ? &each : nullptr);
-    S *out0 = static_cast<S*>(k.out0) + offset, *out1 = static_cast<S*>(k.out1) + offset;
-    if (k.out1 != nullptr)
-        block.template gradients<S, true>(k, out0, out1, each, size);
-    else if (k.out0 != nullptr)
-        block.template gradients<S, false>(k, out0, nullptr, each, size);
+    for (int64_t i = 0; i < size; i += block.WIDTH)
+        total += k.kept == nullptr ? block.template strip<false>(k, i, size - i, kept)
+                                   : block.template strip<true>(k, i, size - i, kept);
     return total;
 }
 
-// At most GROUP pixels in channels_last; the gradients may be written over the maps.
+// At most GROUP pixels in channels_last, from the `at`-th on.
 template <class T, bool full>
-static double pixels(const LpipsLayer& k, const T* f0, const T* f1, T* out0, T* out1, T each, int64_t count) {
+static double pixels(const LpipsLayer& k, const T* f0, const T* f1, int64_t at, int64_t count) {
     using V = typename Lanes<T>::V;
     constexpr int64_t step = Lanes<T>::count;
     const T *weight = static_cast<const T*>(k.weight), eps = T(k.eps);
@@ -148,55 +143,36 @@ static double pixels(const LpipsLayer& k, const T* f0, const T* f1, T* out0, T* 
         square[i] = lane_sum<T>(s0), square[GROUP + i] = lane_sum<T>(s1);
     }
     for (int64_t i = 0; i < 2 * GROUP; ++i) normalise(square[i], eps, k.inside, scale[i], inverse[i]);
-    if (k.value != nullptr) {
-        for (int64_t i = 0; i < count; ++i) {
-            const T *x0 = f0 + i * channels, *x1 = f1 + i * channels, a = scale[i], b = scale[GROUP + i];
-            V s{};
-            for (int64_t c = 0; c < channels; c += step) {
-                const V d = load<full>(x0 + c, channels - c) * a - load<full>(x1 + c, channels - c) * b;
-                s += d * d * load<full>(weight + c, channels - c);
-            }
-            distance[i] = lane_sum<T>(s);
-        }
-        return sum_of(distance, count);
-    }
+    const Kept<T> kept(k, at);
     for (int64_t i = 0; i < count; ++i) {
         const T *x0 = f0 + i * channels, *x1 = f1 + i * channels, a = scale[i], b = scale[GROUP + i];
-        V s0{}, s1{};
+        V sum{}, s0{}, s1{};
         for (int64_t c = 0; c < channels; c += step) {
-            const V u = load<full>(x0 + c, channels - c) * a, v = load<full>(x1 + c, channels - c) * b;
-            const V d = (u - v) * load<full>(weight + c, channels - c);
-            s0 += u * d, s1 += v * d;
+            const V u = load<full>(x0 + c, channels - c) * a, v = load<full>(x1 + c, channels - c) * b, d = u - v;
+            const V w = d * load<full>(weight + c, channels - c);
+            sum += d * w, s0 += u * w, s1 -= v * w;
         }
-        const T along0 = lane_sum<T>(s0) * (inverse[i] * each), along1 = lane_sum<T>(s1) * (inverse[GROUP + i] * each);
-        for (int64_t c = 0; c < channels; c += step) {
-            const V u = load<full>(x0 + c, channels - c) * a, v = load<full>(x1 + c, channels - c) * b;
-            const V d = (u - v) * load<full>(weight + c, channels - c);
-            store<full>(out0 + i * channels + c, d * (a * each) - u * along0, channels - c);
-            if (out1 != nullptr) store<full>(out1 + i * channels + c, v * along1 - d * (b * each), channels - c);
-        }
+        distance[i] = lane_sum<T>(sum);
+        if (k.kept == nullptr) continue;
+        kept.scale0[i] = a, kept.along0[i] = lane_sum<T>(s0) * inverse[i];
+        kept.scale1[i] = b, kept.along1[i] = lane_sum<T>(s1) * inverse[GROUP + i];
     }
-    return 0;
+    return sum_of(distance, count);
 }
 
 // Channels last, group by group; halves by way of `scratch`, two groups wide.
 template <class S, bool full, class T = typename Wide<S>::T>
 static double pixels_last(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, T* scratch) {
-    const T each = k.value == nullptr ? T(2.0 / double(k.pixels)) * static_cast<const T*>(k.grad)[n] : T(0);
     double total = 0;
     for (int64_t start = 0; start < size; start += GROUP) {
-        const int64_t offset = (n * k.pixels + first + start) * k.c, count = std::min(GROUP, size - start);
-        const S *f0 = static_cast<const S*>(k.f0) + offset, *f1 = static_cast<const S*>(k.f1) + offset;
-        S* out0 = static_cast<S*>(k.out0) + offset;
-        S* out1 = k.out1 == nullptr ? nullptr : static_cast<S*>(k.out1) + offset;
+        const int64_t at = n * k.pixels + first + start, count = std::min(GROUP, size - start);
+        const S *f0 = static_cast<const S*>(k.f0) + at * k.c, *f1 = static_cast<const S*>(k.f1) + at * k.c;
         if constexpr (std::is_same<S, T>::value) {
-            total += pixels<T, full>(k, f0, f1, out0, out1, each, count);
+            total += pixels<T, full>(k, f0, f1, at, count);
         } else {
             T *x0 = scratch, *x1 = scratch + GROUP * k.c;
             copy(x0, f0, count * k.c), copy(x1, f1, count * k.c);
-            total += pixels<T, full>(k, x0, x1, x0, out1 == nullptr ? nullptr : x1, each, count);
-            if (k.value == nullptr) copy(out0, x0, count * k.c);
-            if (out1 != nullptr) copy(out1, x1, count * k.c);
+            total += pixels<T, full>(k, x0, x1, at, count);
         }
     }
     return total;
@@ -221,7 +197,6 @@ static void lpips_layer_of(const LpipsLayer& k) {
                                             : pixels_last<S, false>(k, n, first, count, scratch.get());
         }
     }
-    if (k.value == nullptr) return;
     for (int64_t n = 0; n < k.n; ++n) {
         double sum = 0;
         for (int64_t b = 0; b < blocks; ++b) sum += partial[size_t(n * blocks + b)];
@@ -229,13 +204,72 @@ static void lpips_layer_of(const LpipsLayer& k) {
     }
 }
 
+// w (u0 − u1) scale0 − u0 along0 and, of the other side, w (u1 − u0) scale1 − u1 along1, times 2 grad / pixels.
+template <bool full, bool both, class S, class V, class T>
+static inline void slope(const S* f0, const S* f1, S* out0, S* out1, V a, V b, V along0, V along1, V weight, T each, int64_t left) {
+    const V u = load<full>(f0, left) * a, v = load<full>(f1, left) * b, d = (u - v) * weight;
+    store<full>(out0, (d * a - u * along0) * each, left);
+    if (both) store<full>(out1, (d * b + v * along1) * -each, left);
+}
+
+template <class S, bool both, class T>
+static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, T each) {
+    using V = typename Lanes<T>::V;
+    constexpr int64_t step = Lanes<T>::count;
+    const Kept<T> kept(k, n * k.pixels + first);
+    const T* weight = static_cast<const T*>(k.weight);
+    const int64_t offset = n * k.c * k.pixels + first * (k.last ? k.c : 1);
+    const S *f0 = static_cast<const S*>(k.f0) + offset, *f1 = static_cast<const S*>(k.f1) + offset;
+    S *out0 = static_cast<S*>(k.out0) + offset, *out1 = both ? static_cast<S*>(k.out1) + offset : nullptr;
+    const V none{};
+    if (k.last) {
+        for (int64_t i = 0; i < size; ++i, f0 += k.c, f1 += k.c, out0 += k.c, out1 += both ? k.c : 0) {
+            const V a = none + kept.scale0[i], b = none + kept.scale1[i];
+            const V along0 = none + kept.along0[i], along1 = none + kept.along1[i];
+            int64_t c = 0;
+            for (; c + step <= k.c; c += step)
+                slope<true, both>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1, load(weight + c), each, step);
+            if (c < k.c)
+                slope<false, both>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1,
+                                   load<false>(weight + c, k.c - c), each, k.c - c);
+        }
+        return;
+    }
+    for (int64_t c = 0; c < k.c; ++c, f0 += k.pixels, f1 += k.pixels, out0 += k.pixels, out1 += both ? k.pixels : 0) {
+        const V w = none + weight[c];
+        int64_t i = 0;
+        for (; i + step <= size; i += step)
+            slope<true, both>(f0 + i, f1 + i, out0 + i, out1 + i, load(kept.scale0 + i), load(kept.scale1 + i),
+                              load(kept.along0 + i), load(kept.along1 + i), w, each, step);
+        if (i < size) {
+            const int64_t left = size - i;
+            slope<false, both>(f0 + i, f1 + i, out0 + i, out1 + i, load<false>(kept.scale0 + i, left),
+                               load<false>(kept.scale1 + i, left), load<false>(kept.along0 + i, left),
+                               load<false>(kept.along1 + i, left), w, each, left);
+        }
+    }
+}
+
+template <class S>
+static void lpips_slopes_of(const LpipsLayer& k) {
+    using T = typename Wide<S>::T;
+    const int64_t blocks = (k.pixels + SPAN - 1) / SPAN;
+#pragma omp parallel for schedule(static) num_threads(team(k.n* k.c* k.pixels, k.threads))
+    for (int64_t task = 0; task < k.n * blocks; ++task) {
+        const int64_t n = task / blocks, first = task % blocks * SPAN, size = std::min(SPAN, k.pixels - first);
+        const T each = T(2.0 / double(k.pixels)) * static_cast<const T*>(k.grad)[n];
+        k.out1 != nullptr ? slopes<S, true>(k, n, first, size, each) : slopes<S, false>(k, n, first, size, each);
+    }
+}
+
 static void lpips_layer(const LpipsLayer& k) {
     if (k.n == 0) return;
+    const bool back = k.value == nullptr;
     switch (k.type) {
-        case MapType::float32: return lpips_layer_of<float>(k);
-        case MapType::float64: return lpips_layer_of<double>(k);
-        case MapType::bfloat16: return lpips_layer_of<Bfloat16>(k);
-        case MapType::float16: return lpips_layer_of<Float16>(k);
+        case MapType::float32: return back ? lpips_slopes_of<float>(k) : lpips_layer_of<float>(k);
+        case MapType::float64: return back ? lpips_slopes_of<double>(k) : lpips_layer_of<double>(k);
+        case MapType::bfloat16: return back ? lpips_slopes_of<Bfloat16>(k) : lpips_layer_of<Bfloat16>(k);
+        case MapType::float16: return back ? lpips_slopes_of<Float16>(k) : lpips_layer_of<Float16>(k);
     }
 }
 

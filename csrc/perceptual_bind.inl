@@ -2,12 +2,12 @@ void bind_perceptual(py::module_& m) {
     using namespace fastgen;
     m.def(
         "lpips_layer",
-        [](uintptr_t f0, uintptr_t f1, uintptr_t weight, uintptr_t grad, uintptr_t value, uintptr_t out0, uintptr_t out1,
-           int64_t n, int64_t c, int64_t pixels, double eps, bool inside, bool last, int type, int threads) {
+        [](uintptr_t f0, uintptr_t f1, uintptr_t weight, uintptr_t grad, uintptr_t value, uintptr_t kept, uintptr_t out0,
+           uintptr_t out1, int64_t n, int64_t c, int64_t pixels, double eps, bool inside, bool last, int type, int threads) {
             const LpipsLayer k{reinterpret_cast<const void*>(f0), reinterpret_cast<const void*>(f1),
                                reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(grad),
-                               reinterpret_cast<void*>(value), reinterpret_cast<void*>(out0),
-                               reinterpret_cast<void*>(out1), n, c, pixels, eps, inside, last, static_cast<MapType>(type), threads};
+                               reinterpret_cast<void*>(value), reinterpret_cast<void*>(kept),
+                               reinterpret_cast<void*>(out0), reinterpret_cast<void*>(out1), n, c, pixels, eps, inside, last, static_cast<MapType>(type), threads};
             lpips_layer(k);
         },
         py::call_guard<py::gil_scoped_release>());

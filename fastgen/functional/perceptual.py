@@ -23,25 +23,31 @@ def epsilon(eps_mode: str) -> tuple[float, bool]:
 class _LpipsLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-        ctx.save_for_backward(f0, f1, weight)
         ctx.eps = (eps, eps_inside)
-        value: Tensor = ops.lpips_layer(f0, f1, weight, eps, eps_inside)
+        value: Tensor
+        if any(ctx.needs_input_grad[:2]):
+            value, kept = ops.lpips_layer_kept(f0, f1, weight, eps, eps_inside)
+        else:
+            value, kept = ops.lpips_layer(f0, f1, weight, eps, eps_inside), None
+        ctx.save_for_backward(f0, f1, weight, kept)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        f0, f1, weight = ctx.saved_tensors
+        f0, f1, weight, kept = ctx.saved_tensors
         # Asked for a second order, the closed form in plain torch: it is differentiable, the ops are not.
-        kernels = reference if torch.is_grad_enabled() else ops
+        twice = torch.is_grad_enabled()
+        kernels = reference if twice else ops
         need0, need1, need_weight = ctx.needs_input_grad[:3]
         grad0 = grad1 = grad_weight = None
-        if need0 and need1 and kernels is ops:
-            grad0, grad1 = ops.lpips_layer_backward_both(grad, f0, f1, weight, *ctx.eps)
+        if need0 and need1 and not twice:
+            grad0, grad1 = ops.lpips_layer_backward_both(grad, f0, f1, weight, *ctx.eps, kept)
         else:
             if need0:
-                grad0 = kernels.lpips_layer_backward(grad, f0, f1, weight, *ctx.eps)
+                grad0 = kernels.lpips_layer_backward(grad, f0, f1, weight, *ctx.eps, *([] if twice else [kept]))
             if need1:
-                grad1 = kernels.lpips_layer_backward(grad, f1, f0, weight, *ctx.eps)
+                other = [] if twice else [kept.flip(1)]
+                grad1 = kernels.lpips_layer_backward(grad, f1, f0, weight, *ctx.eps, *other)
         if need_weight:
             grad_weight = kernels.lpips_layer_backward_weight(grad, f0, f1, *ctx.eps).to(weight.dtype)
         return grad0, grad1, grad_weight, None, None

@@ -12,9 +12,13 @@ from fastgen.reference import perceptual as reference
 
 _SCHEMAS = {
     "lpips_layer": "(Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside) -> Tensor",
-    "lpips_layer_backward": "(Tensor grad, Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside) -> Tensor",
+    "lpips_layer_kept": "(Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside) -> (Tensor, Tensor)",
+    "lpips_layer_backward": (
+        "(Tensor grad, Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside, Tensor? kept=None) -> Tensor"
+    ),
     "lpips_layer_backward_both": (
-        "(Tensor grad, Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside) -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor f0, Tensor f1, Tensor weight, float eps, bool eps_inside, Tensor? kept=None)"
+        " -> (Tensor, Tensor)"
     ),
     "lpips_layer_backward_weight": "(Tensor grad, Tensor f0, Tensor f1, float eps, bool eps_inside) -> Tensor",
     "lpips_project": (
@@ -43,34 +47,57 @@ def _dense(f0: Tensor, f1: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _lpips_cpp(
-    f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, grad: Tensor | None, sides: int
+    f0: Tensor,
+    f1: Tensor,
+    weight: Tensor,
+    eps: float,
+    eps_inside: bool,
+    grad: Tensor | None,
+    sides: int,
+    keep: bool,
+    kept: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The value, or (with `grad`) the gradients of the first `sides` of f0 and f1."""
+    """The value (and, asked to `keep`, what the gradient needs of each pixel), or, with `grad`, the gradients of the
+    first `sides` of f0 and f1, from what was `kept`."""
     extension = backend.extension()
     assert extension is not None
     g0, g1, last = _dense(f0, f1)
     n, c, h, w = g0.shape
     wide = reference.wide(g0.dtype)
     weight = weight.to(wide).contiguous()
-    if grad is None:
-        out: list[Tensor] = [g0.new_empty(n, dtype=wide)]
-        pointers = (0, out[0].data_ptr(), 0, 0)
-    else:
-        grad = grad.to(wide).contiguous()
-        out = [torch.empty_like(g) for g in (g0, g1)[:sides]]
-        pointers = (grad.data_ptr(), 0, out[0].data_ptr(), out[1].data_ptr() if sides == 2 else 0)
+    maps = (g0.data_ptr(), g1.data_ptr(), weight.data_ptr())
     sizes = (n, c, h * w, eps, eps_inside, last, _TYPES[g0.dtype], torch.get_num_threads())
-    extension.lpips_layer(g0.data_ptr(), g1.data_ptr(), weight.data_ptr(), *pointers, *sizes)
-    return tuple(out) if grad is None else tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
+    keeps = keep or (grad is not None and kept is None)
+    if keeps:
+        kept = g0.new_empty(2, 2, n, h, w, dtype=wide)
+    kept_at = 0 if kept is None else kept.data_ptr()
+    value = g0.new_empty(n, dtype=wide)
+    if grad is None or keeps:
+        extension.lpips_layer(*maps, 0, value.data_ptr(), kept_at, 0, 0, *sizes)
+    if grad is None:
+        return (value,) if kept is None else (value, kept)
+    grad = grad.to(wide).contiguous()
+    out = [torch.empty_like(g) for g in (g0, g1)[:sides]]
+    pointers = (out[0].data_ptr(), out[1].data_ptr() if sides == 2 else 0)
+    extension.lpips_layer(*maps, grad.data_ptr(), 0, kept_at, *pointers, *sizes)
+    return tuple(_like(f, g) for f, g in zip((f0, f1), out, strict=False))
 
 
 def _lpips_fused(
-    f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, grad: Tensor | None, sides: int
+    f0: Tensor,
+    f1: Tensor,
+    weight: Tensor,
+    eps: float,
+    eps_inside: bool,
+    grad: Tensor | None = None,
+    sides: int = 0,
+    keep: bool = False,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:
     """What `_lpips_cpp` returns, from the kernel for these maps; None where that is the reference."""
     kernel = backend.choose("perceptual", f0.device)
     if kernel == "cpp":
-        return _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, sides)
+        return _lpips_cpp(f0, f1, weight, eps, eps_inside, grad, sides, keep, kept)
     if kernel == "triton":
         from fastgen.kernels import launch
 
@@ -82,21 +109,36 @@ def _lpips_fused(
 
 
 def _lpips_layer(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, None, 0)
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside)
     return reference.lpips_layer(f0, f1, weight, eps, eps_inside) if fused is None else fused[0]
 
 
-def _lpips_layer_backward(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
-    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 1)
+def _keeps(f0: Tensor) -> Tensor:
+    """[scale or along, side, N, H, W]: of the CPU's kernel alone. A GPU has the norms again sooner than from memory."""
+    n, _, h, w = f0.shape
+    return f0.new_empty(2, 2, n, h, w if f0.device.type == "cpu" else 0, dtype=reference.wide(f0.dtype))
+
+
+def _lpips_layer_kept(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> tuple[Tensor, Tensor]:
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, keep=True)
+    if fused is None:
+        return reference.lpips_layer(f0, f1, weight, eps, eps_inside), _keeps(f0)
+    return (fused[0], _keeps(f0)) if len(fused) == 1 else (fused[0], fused[1])
+
+
+def _lpips_layer_backward(
+    grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, kept: Tensor | None = None
+) -> Tensor:
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 1, kept=kept)
     if fused is None:
         return _like(f0, reference.lpips_layer_backward(grad, f0, f1, weight, eps, eps_inside))
     return fused[0]
 
 
 def _lpips_layer_backward_both(
-    grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool
+    grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 2)
+    fused = _lpips_fused(f0, f1, weight, eps, eps_inside, grad, 2, kept=kept)
     if fused is not None:
         return fused[0], fused[1]
     return (
@@ -188,13 +230,22 @@ def _(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> T
     return _values(f0)
 
 
+@torch.library.register_fake("fastgen::lpips_layer_kept")
+def _(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> tuple[Tensor, Tensor]:
+    return _values(f0), _keeps(f0)
+
+
 @torch.library.register_fake("fastgen::lpips_layer_backward")
-def _(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
+def _(
+    grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, kept: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(f0)
 
 
 @torch.library.register_fake("fastgen::lpips_layer_backward_both")
-def _(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(f0), torch.empty_like(f1)
 
 
@@ -231,6 +282,7 @@ def _lpips_project_buckets_fake(f: Tensor, dim: int, seed: int, layer: int) -> t
 
 
 lpips_layer = torch.ops.fastgen.lpips_layer
+lpips_layer_kept = torch.ops.fastgen.lpips_layer_kept
 lpips_layer_backward = torch.ops.fastgen.lpips_layer_backward
 lpips_layer_backward_both = torch.ops.fastgen.lpips_layer_backward_both
 lpips_layer_backward_weight = torch.ops.fastgen.lpips_layer_backward_weight

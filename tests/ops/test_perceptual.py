@@ -73,6 +73,24 @@ def test_lpips_layer(oracle, kernel, dtype, shape, eps_mode):
             assert torch.equal(got, first), name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 37, 41)], ids=str)  # the last of more than one span of pixels
+def test_what_the_forward_pass_keeps(kernel, dtype, shape):
+    """Gradients from it are those that make their own, to the bit, of either side too."""
+    f0, f1, weight, upstream = maps(shape, dtype)
+    upstream = upstream.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for eps in EPS.values():
+        for g0, g1 in zip(layouts(f0).values(), layouts(f1).values(), strict=True):
+            value, kept = ops.lpips_layer_kept(g0, g1, weight, *eps)
+            assert torch.equal(value, ops.lpips_layer(g0, g1, weight, *eps))
+            assert kept.shape == (2, 2, shape[0], *shape[2:])
+            both = ops.lpips_layer_backward_both(upstream, g0, g1, weight, *eps)
+            got = ops.lpips_layer_backward_both(upstream, g0, g1, weight, *eps, kept)
+            other = ops.lpips_layer_backward(upstream, g1, g0, weight, *eps, kept.flip(1))
+            assert all(torch.equal(a, b) for a, b in zip(got, both, strict=True))
+            assert torch.equal(other, both[1])
+
+
 def test_mixed_layouts(oracle):
     f0, f1, weight, upstream = maps((2, 33, 4, 5), torch.float32)
     upstream = upstream.float()
@@ -188,6 +206,7 @@ def test_opcheck(layout, dtype):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, arguments in (
         (ops.lpips_layer, (f0, f1, weight, 1e-10, False)),
+        (ops.lpips_layer_kept, (f0, f1, weight, 1e-10, False)),
         (ops.lpips_layer_backward, (upstream, f0, f1, weight, 1e-10, False)),
         (ops.lpips_layer_backward_both, (upstream, f0, f1, weight, 1e-8, True)),
         (ops.lpips_layer_backward_weight, (upstream, f0, f1, 1e-10, False)),
