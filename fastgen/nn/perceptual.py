@@ -24,7 +24,9 @@ class Features:
     """
 
     maps: tuple[Tensor, ...]
-    size: tuple[int, ...] | None = None  # of the images, [H, W]: padded or pooled, maps of another may look the same
+    # Of the images, [H, W], and after it, where they were padded, of what the network got: pooled, maps of others may
+    # look the same.
+    size: tuple[int, ...] | None = None
     # Who made them, so that `with` knows whom to tell: neither compared nor copied nor written to files.
     maker: weakref.ReferenceType[nn.Module] | None = field(default=None, repr=False, compare=False)
 
@@ -180,9 +182,12 @@ class PerceptualLoss(nn.Module):
             raise ValueError(f"{argument}: each name once, got {list(layers)}")
         return layers
 
+    def size_of(self, images: Tensor) -> tuple[int, ...]:
+        return sizes(images, self.pad_to)
+
     def features(self, images: Tensor) -> Features:
         """What is compared, differentiable: the images themselves where pixels count, the maps, the Gram matrices."""
-        own, size = (images,) if self.pixel_weight else (), tuple(images.shape[2:])
+        own, size = (images,) if self.pixel_weight else (), self.size_of(images)
         images = padded(images, self.pad_to)
         if isinstance(self.trunk, trunks.Trunk):
             maps = self.trunk(images, self._taps)
@@ -224,10 +229,8 @@ def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Feat
     if isinstance(target, Features):
         if len(target) != x.shape[0]:
             raise ValueError(f"target: expected features of {x.shape[0]} images, got {len(target)}")
-        if target.size is not None and target.size != tuple(x.shape[2:]):
-            raise ValueError(
-                f"target: expected features of images of {list(x.shape[2:])} pixels, got some of {list(target.size)}"
-            )
+        if target.size is not None and target.size != (size := loss.size_of(x)):
+            raise ValueError(f"target: expected features of images of {_told(size)}, got some of {_told(target.size)}")
         return target.maps
     images_of("target", target)
     if target.shape != x.shape:
@@ -236,6 +239,17 @@ def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Feat
     wanted = target.requires_grad or any(parameter.requires_grad for parameter in loss.trunk.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
         return loss.features(target).maps
+
+
+def sizes(images: Tensor, least: int | None) -> tuple[int, ...]:
+    """`Features.size` of images that are padded to `least`."""
+    own = tuple(images.shape[2:])
+    inner = tuple(max(side, least or 0) for side in own)
+    return own if inner == own else own + inner
+
+
+def _told(size: tuple[int, ...]) -> str:
+    return f"{list(size[:2])} pixels" + (f" padded to {list(size[2:])}" if size[2:] else "")
 
 
 def padded(images: Tensor, least: int | None) -> Tensor:
@@ -312,10 +326,13 @@ class GLANNLoss(nn.Module):
         self.trunk = trunks.trunk("vgg16", weights, mean=[0.5] * 3, std=[0.5] * 3)
         self.entered: list[Features] = []
 
+    def size_of(self, images: Tensor) -> tuple[int, ...]:
+        return sizes(images, 32 if images.shape[2] == 28 else None)
+
     def features(self, images: Tensor) -> Features:
         """What is compared, differentiable: the images, the maps; above 64 pixels those of the shrunk images too."""
-        size = tuple(images.shape[2:])
-        side = size[0]
+        side = images.shape[2]
+        size = self.size_of(images)
         if images.shape[3] != side or (side <= 64 and side not in _GLANN_LEVELS):
             raise ValueError(f"x: expected sides of 16, 28, 32, 64 or more pixels, got {list(images.shape[2:])}")
         inner = padded(images, 32) if side == 28 else images

@@ -83,8 +83,19 @@ def test_pad_to(lite0):
     with pytest.raises(ValueError, match="parts: expected features of images of one size"):
         Features.cat([target, padded.target(frame(y))])
     stored = pickle.loads(pickle.dumps(target[:1]))
-    assert stored.size == (28, 28)
+    assert stored.size == (28, 28, 32, 32)
     assert torch.equal(padded(x[:1], stored), padded(x[:1], target[:1]))
+
+
+def test_targets_of_another_padding_are_refused(lite0):
+    """Whose deepest maps are of one shape."""
+    x, y = torch.rand(2, 1, 28, 28), torch.rand(2, 1, 28, 28)
+    padded, plain = (PerceptualLoss(lite0, layers=["block10"], pad_to=size) for size in (32, None))
+    assert padded.target(y).maps[0].shape == plain.target(y).maps[0].shape
+    with pytest.raises(ValueError, match=r"\[28, 28\] pixels padded to \[32, 32\], got some of \[28, 28\] pixels$"):
+        padded(x, plain.target(y))
+    with pytest.raises(ValueError, match=r"\[28, 28\] pixels, got some of \[28, 28\] pixels padded to \[32, 32\]"):
+        plain(x, padded.target(y))
 
 
 class Net(nn.Module):

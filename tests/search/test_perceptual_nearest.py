@@ -56,6 +56,20 @@ def test_equal_to_every_pair(setting):
     torch.testing.assert_close(found.distance[:5, 0], pairs.flatten(), rtol=1e-4, atol=0)
 
 
+def test_near_ties(setting):
+    """Neighbours that differ in the fifth digit of their distance are told apart, as in float64."""
+    lpips, images = setting[:2]
+    images, others = images[:30], digits(70)[50:]
+    generated = others.repeat(12, 1, 1, 1) + 3e-4 * torch.randn(240, 1, 32, 32)
+    distance, index = brute_force(lpips, images, generated, 9)
+    gap = distance[:, 1:] / distance[:, :-1] - 1
+    assert float(gap.quantile(0.2)) < 1e-4
+    found = perceptual_nearest(images, generated, PerceptualEmbedding(lpips), k=8, chunk=100)
+    apart = (gap > 1e-6).all(1)  # closer ones are equal to a float32
+    assert apart.sum() >= 20
+    assert torch.equal(found.index[apart], index[apart, :8])
+
+
 def test_streams_and_chunks(setting):
     lpips, images, generated, (_, index) = setting
     embed = PerceptualEmbedding(lpips)
