@@ -30,6 +30,17 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
+FEW = 16  # pixels of a map up to which a matrix product of its patches is faster than a convolution
+
+
+def _patches(x: Tensor, kernel: tuple[int, ...], padding: list[int]) -> Tensor:
+    """Of a channels_last map, what the kernel sees at each pixel: [N, H, W, kernel · kernel · C]."""
+    x = tf.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    n, h, w, c = x.shape
+    size, (row, column) = (h - kernel[0] + 1, w - kernel[1] + 1), (w * c, c)
+    return x.as_strided((n, *size, *kernel, c), (h * row, row, column, row, column, 1)).reshape(n, *size, -1)
+
+
 def _sample(weight: Tensor) -> Tensor:
     count = min(64, weight.numel())
     return weight.as_strided((count,), (weight.numel() // count,))
@@ -81,16 +92,24 @@ class Conv(nn.Conv2d):
 
     def packed(self, x: Tensor, weight: Tensor, back: bool) -> Tensor:
         ops, weight = torch.ops.mkldnn, weight.detach()
-        packs: dict[bool, tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
-        if back not in packs or not _same(weight, *packs[back][:3]):
+        padding = self.padding_back if back else list(self.padding)
+        few = x.shape[2] * x.shape[3] <= FEW
+        packs: dict[tuple[bool, bool], tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
+        if (back, few) not in packs or not _same(weight, *packs[back, few][:3]):
             plain = _turned(weight).contiguous() if back else weight
-            arguments = (self.padding_back if back else list(self.padding), [1, 1], [1, 1], 1)
-            pack = ops._reorder_convolution_weight(plain, *arguments, list(x.shape))
-            packs[back] = (weight, weight._version, _sample(weight).clone(), pack, arguments)
-        *_, pack, arguments = packs[back]
+            if few:
+                pack = ops._reorder_linear_weight(plain.permute(0, 2, 3, 1).reshape(plain.shape[0], -1).contiguous())
+            else:
+                pack = ops._reorder_convolution_weight(plain, padding, [1, 1], [1, 1], 1, list(x.shape))
+            packs[back, few] = (weight, weight._version, _sample(weight).clone(), pack)
+        pack = packs[back, few][3]
         x = x.contiguous(memory_format=torch.channels_last)
         bias = None if back else self.bias
-        y: Tensor = ops._convolution_pointwise(x, pack, bias, *arguments, "none", [], "")
+        y: Tensor
+        if few:
+            y = ops._linear_pointwise(_patches(x, self.kernel_size, padding), pack, bias, "none", [], "")
+            return y.permute(0, 3, 1, 2).clone()  # in place of which a ReLU may write, as it may not of a view
+        y = ops._convolution_pointwise(x, pack, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
         return y
 
     def __getstate__(self) -> dict[str, Any]:

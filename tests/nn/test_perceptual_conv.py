@@ -45,6 +45,27 @@ def test_values_and_gradients(shape, layout):
     torch.testing.assert_close(conv.double()(x.double()), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 5, 1, 2), (16, 8, 1, 1, 0), (4, 6, 3, 1, 0), (64, 48, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("sides", [(4, 4), (3, 5), (8, 2), (5, 3)], ids=str)
+def test_small_maps_are_a_matrix_product_of_patches(shape, sides):
+    conv = frozen(shape)
+    kernel, padding = shape[2], shape[4]
+    if min(sides) + 2 * padding < kernel:
+        sides = (5, 3)
+    for batch in (1, 3):  # packed for another size
+        x = torch.randn(batch, shape[0], *sides, requires_grad=True)
+        y, want = conv(x), plain(conv, x)
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        upstream = torch.randn(want.shape)
+        (grad,) = torch.autograd.grad(y.relu_(), x, upstream)  # a network's ReLUs work in place
+        (expected,) = torch.autograd.grad(want.relu(), x, upstream.double())
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    assert (False, True) in conv._packs
+    x = torch.randn(1, shape[0], 6, 6)  # and then a map that is not small
+    torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
+
+
 def test_twice_differentiable():
     conv = frozen((3, 5, 3, 1, 1))
     x = torch.randn(1, 3, 6, 5, requires_grad=True)
@@ -125,7 +146,7 @@ def test_where_nothing_is_packed():
         torch._C._set_mkldnn_enabled(enabled)
     assert "_packs" not in vars(conv)
     conv(x)
-    assert set(vars(conv)["_packs"]) == {False}
+    assert set(vars(conv)["_packs"]) == {(False, False)}
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -150,7 +171,7 @@ def test_the_nets_pack(net):
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
     lpips(x, x.detach().flip(3)).sum().backward()
     convolutions = [m for m in lpips.net.modules() if isinstance(m, nn.Conv2d)]
-    packed = [m for m in convolutions if set(vars(m).get("_packs", {})) == {False, True}]
+    packed = [m for m in convolutions if {back for back, _ in vars(m).get("_packs", {})} == {False, True}]
     assert len(convolutions) - len(packed) == {"alex": 1, "vgg": 0, "squeeze": 1}[net]  # a first one of a stride
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in lpips.features(x).maps)
 
