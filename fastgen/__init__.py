@@ -33,7 +33,7 @@ class _KernelsBeside(importlib.abc.MetaPathFinder):
 
 
 if not (Path(__file__).parent / "kernels").exists() and (_KernelsBeside.folder.parent / "csrc").is_dir():
-    sys.meta_path.append(_KernelsBeside())
+    sys.meta_path.insert(0, _KernelsBeside())  # before the finder of another checkout's editable install
 
 
 def __getattr__(name: str) -> ModuleType:

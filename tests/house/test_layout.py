@@ -69,3 +69,12 @@ def test_version_is_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert fastgen.__version__ == project["version"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_checkout_has_its_own_kernels():
+    """Also where another one is installed editable."""
+    import fastgen.kernels
+
+    import fastgen
+
+    assert Path(fastgen.kernels.__file__).parents[1] == Path(fastgen.__file__).parents[1]
