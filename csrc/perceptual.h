@@ -19,9 +19,9 @@ struct LpipsLayer {
     int threads;
 };
 
-// f [n, c, pixels], weight [c] -> out [n, dim]; dim at least 64.
+// f [n, c, pixels], weight [c] -> out [n, dim], or with grad [n, dim] the gradient of f, in its place; dim at least 64.
 struct LpipsProject {
-    const void *f, *weight;
+    const void *f, *weight, *grad;
     void* out;
     int64_t n, c, pixels, dim, layer;
     uint64_t seed;

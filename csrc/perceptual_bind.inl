@@ -13,10 +13,10 @@ void bind_perceptual(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "lpips_project",
-        [](uintptr_t f, uintptr_t weight, uintptr_t out, int64_t n, int64_t c, int64_t pixels, int64_t dim, int64_t layer,
-           uint64_t seed, double eps, bool inside, int type, int threads) {
+        [](uintptr_t f, uintptr_t weight, uintptr_t grad, uintptr_t out, int64_t n, int64_t c, int64_t pixels, int64_t dim,
+           int64_t layer, uint64_t seed, double eps, bool inside, int type, int threads) {
             const LpipsProject k{reinterpret_cast<const void*>(f), reinterpret_cast<const void*>(weight),
-                                 reinterpret_cast<void*>(out), n, c, pixels, dim, layer, seed, eps, inside, static_cast<MapType>(type), threads};
+                                 reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(out), n, c, pixels, dim, layer, seed, eps, inside, static_cast<MapType>(type), threads};
             lpips_project(k);
         },
         py::call_guard<py::gil_scoped_release>());

@@ -74,12 +74,74 @@ static void lpips_project_of(const LpipsProject& k) {
     }
 }
 
+// Back: v of a pixel's channel is its bucket's gradient times sign and root, that of f then v·s − u (u·v) / r with the u, s
+// and r of `normalise`. A task is a block of whole runs of a sample's pixels, with all their channels.
+template <class S>
+static void lpips_unproject_of(const LpipsProject& k) {
+    using T = typename Wide<S>::T;
+    constexpr int64_t BLOCK = 4 * RUN;
+    const int64_t blocks = (k.pixels + BLOCK - 1) / BLOCK;
+#pragma omp parallel num_threads(team(k.n* k.c* k.pixels, k.threads))
+    {
+        const std::unique_ptr<T[]> grad(new T[size_t(k.dim + RUN)]);  // its first ones again behind it: a run may wrap
+        T square[BLOCK], scale[BLOCK], inverse[BLOCK], along[BLOCK], f[BLOCK], v[BLOCK];
+        int64_t whose = -1;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < k.n * blocks; ++task) {
+            const int64_t n = task / blocks, first = task % blocks * BLOCK, size = std::min(BLOCK, k.pixels - first);
+            if (n != whose) {
+                const T* from = static_cast<const T*>(k.grad) + n * k.dim;
+                std::copy(from, from + k.dim, grad.get());
+                std::copy(from, from + RUN, grad.get() + k.dim);
+                whose = n;
+            }
+            const auto at = [&](int64_t c) { return (n * k.c + c) * k.pixels + first; };
+            const auto pull = [&](int64_t c) {
+                const T channel = T(std::sqrt(double(static_cast<const T*>(k.weight)[c]) / double(k.pixels)));
+                for (int64_t i = 0; i < size; i += RUN) {
+                    uint32_t words[4];
+                    philox_words(uint32_t((first + i) / RUN), uint32_t(c), uint32_t(k.layer), k.seed, words);
+                    const T* from = grad.get() + int64_t(uint64_t(words[2]) * uint64_t(k.dim) >> 32);
+                    for (int64_t half = 0; half < 2; ++half)
+                        for (int64_t j = 0; j < RUN / 2; ++j) {  // whole runs: what lies beyond is not written
+                            const T one = from[half * RUN / 2 + j] * channel;
+                            v[i + half * RUN / 2 + j] = (words[half] >> j & 1u) ? -one : one;
+                        }
+                }
+                copy(f, static_cast<const S*>(k.f) + at(c), size);
+            };
+            std::fill(square, square + size, T(0));
+            for (int64_t c = 0; c < k.c; ++c) {
+                copy(f, static_cast<const S*>(k.f) + at(c), size);
+                for (int64_t i = 0; i < size; ++i) square[i] += f[i] * f[i];
+            }
+            for (int64_t i = 0; i < size; ++i) normalise(square[i], T(k.eps), k.inside, scale[i], inverse[i]);
+            std::fill(along, along + size, T(0));
+            for (int64_t c = 0; c < k.c; ++c) {
+                pull(c);
+                for (int64_t i = 0; i < size; ++i) along[i] += f[i] * scale[i] * v[i];
+            }
+            for (int64_t i = 0; i < size; ++i) along[i] *= inverse[i];
+            for (int64_t c = 0; c < k.c; ++c) {
+                pull(c);
+                for (int64_t i = 0; i < size; ++i) v[i] = (v[i] - f[i] * along[i]) * scale[i];
+                copy(static_cast<S*>(k.out) + at(c), v, size);
+            }
+        }
+    }
+}
+
+template <class S>
+static void lpips_either_way(const LpipsProject& k) {
+    k.grad == nullptr ? lpips_project_of<S>(k) : lpips_unproject_of<S>(k);
+}
+
 static void lpips_project(const LpipsProject& k) {
     if (k.n == 0) return;
     switch (k.type) {
-        case MapType::float32: return lpips_project_of<float>(k);
-        case MapType::float64: return lpips_project_of<double>(k);
-        case MapType::bfloat16: return lpips_project_of<Bfloat16>(k);
-        case MapType::float16: return lpips_project_of<Float16>(k);
+        case MapType::float32: return lpips_either_way<float>(k);
+        case MapType::float64: return lpips_either_way<double>(k);
+        case MapType::bfloat16: return lpips_either_way<Bfloat16>(k);
+        case MapType::float16: return lpips_either_way<Float16>(k);
     }
 }

@@ -111,6 +111,35 @@ def lpips_project(
     return partial.sum(1, dtype=torch.float64).to(torch.float32)
 
 
+def unproject_blocks(channels: int) -> dict[str, int]:
+    """As `lpips_blocks`, within one run of 64 pixels: a program then needs a channel's random words once."""
+    blocks = lpips_blocks(channels)
+    return {**blocks, "BLOCK_P": min(64, blocks["BLOCK_P"])}
+
+
+def lpips_project_backward(
+    grad: Tensor, f: Tensor, weight: Tensor, seed: int, layer: int, eps: float, inside: bool, last: bool
+) -> Tensor:
+    """The gradient of f, dense, of what has the gradient grad [N, dim]."""
+    from fastgen.kernels import perceptual as kernels
+
+    n, channels, pixels, dim = f.shape[0], f.shape[1], f.shape[2] * f.shape[3], grad.shape[1]
+    blocks = unproject_blocks(channels)
+    root = (weight.to(torch.float64) / pixels).sqrt().to(torch.float32)
+    grad, out = grad.to(torch.float32).contiguous(), torch.empty_like(f)
+    words = ((seed + 2**31) % 2**32 - 2**31, (seed >> 32))
+    if n:
+        with torch.cuda.device_of(f):
+            kernels._unproject_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
+                *(f, grad, root, out, pixels, channels, dim, layer, *words, eps),
+                INSIDE=inside,
+                LAST=last,
+                **blocks,
+                **kernels.OPTIONS,
+            )
+    return out
+
+
 def feature_distance(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:
     """The value [N] in float32, or the gradient of f0; both maps dense, their elements in one order."""
     from fastgen.kernels import perceptual as kernels

@@ -197,6 +197,47 @@ def _project_kernel(
     tl.store(out, total, mask=tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D) < dim)
 
 
+@triton.jit(do_not_specialize=["dim", "layer", "seed_lo", "seed_hi"])
+def _unproject_kernel(
+    f_ptr,
+    grad_ptr,  # [N, dim] float32
+    root_ptr,  # [C] float32, √(w / P)
+    out_ptr,  # like f
+    pixels,
+    channels,
+    dim,
+    layer,
+    seed_lo,
+    seed_hi,
+    eps,
+    INSIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # divides 64
+    BLOCK_C: tl.constexpr,
+):
+    """The way back of `_project_kernel` and of the norms, a block of pixels with all their channels in registers."""
+    n, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
+    x = tl.load(f_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    first = (tl.program_id(0) % tl.cdiv(pixels, BLOCK_P)) * BLOCK_P
+    j = (first % 64 + tl.arange(0, BLOCK_P))[:, None]
+    c = tl.arange(0, BLOCK_C)
+    zero = tl.zeros([BLOCK_C], tl.uint32)
+    k0, k1 = seed_lo.to(tl.uint32, bitcast=True), seed_hi.to(tl.uint32, bitcast=True)
+    w0, w1, w2, _ = _words(
+        zero + (first // 64).to(tl.uint32), c.to(tl.uint32), zero + layer.to(tl.uint32), zero, k0, k1
+    )
+    bucket = ((w2.to(tl.uint64) * dim) >> 32).to(tl.int32)[None, :] + j
+    bucket = tl.where(bucket < dim, bucket, bucket - dim)
+    v = tl.load(grad_ptr + n.to(tl.int64) * dim + bucket, mask=mask, other=0.0)
+    v = v * tl.load(root_ptr + c, mask=c < channels, other=0.0)[None, :]
+    word = tl.where(j < 32, w0[None, :], w1[None, :])
+    v = tl.where(((word >> (j & 31).to(tl.uint32)) & 1) != 0, -v, v)
+    scale, inverse = _scale(tl.sum(x * x, 1), eps, INSIDE)
+    along = tl.sum(x * scale[:, None] * v, 1) * inverse
+    out = (v - x * along[:, None]) * scale[:, None]
+    tl.store(out_ptr + base + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def aot_specs() -> list[Spec]:
     """First float32 maps of 64 channels in planes; then every width of the three nets, dtype and layout."""
     layers = [(64, 128 * 128), (128, 64 * 64), (192, 27 * 27), (256, 32 * 32), (384, 13 * 13), (512, 16 * 16)]
@@ -260,4 +301,14 @@ def _project_specs(kind: str, channels: int, pixels: int, last: bool) -> list[Sp
     types |= dict.fromkeys(("seed_lo", "seed_hi", "splits", "share"), "i32")
     signature = {**types, **dict.fromkeys(given, "constexpr")}
     found.append(Spec(f"project {name}", _project_kernel, signature, given, options=options, divisible=divisible))
+    blocks = launch.unproject_blocks(channels)
+    warps = blocks.pop("num_warps")
+    given = {"INSIDE": False, "LAST": last, **blocks}
+    types = {"f_ptr": f"*{kind}", "out_ptr": f"*{kind}", "grad_ptr": "*fp32", "root_ptr": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("pixels", "channels", "dim", "layer", "seed_lo", "seed_hi"), "i32")
+    types |= dict.fromkeys(given, "constexpr")
+    signature = {name: types[name] for name in _unproject_kernel.arg_names}
+    found.append(
+        Spec(f"unproject {name}", _unproject_kernel, signature, given, warps, options=options, divisible=divisible)
+    )
     return found

@@ -65,19 +65,14 @@ class _LpipsProject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _lpips_project_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
-
-
-def _lpips_project_backward(
-    grad: Tensor, f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, inside: bool
-) -> Tensor:
-    """v·s − u (u·v) / r with the u, s and r of `reference.normalise` and v the gradient of u: grad's bucket times sign
-    and scale. In plain torch, so that it is differentiated again, and traced by torch.compile."""
-    u, scale, r = reference.normalise(f, eps, inside)
-    bucket, sign = ops.lpips_project_buckets(f.detach(), dim, seed, layer)
-    root = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()[:, None] * sign
-    v = (grad.to(u.dtype).index_select(1, bucket.flatten()) * root.flatten()).view(u.shape)
-    return (v * scale - u * ((u * v).sum(1, keepdim=True) / r)).to(f.dtype)
+        f, weight = ctx.saved_tensors
+        dim, seed, layer, eps, inside = ctx.options
+        if torch.is_grad_enabled():  # asked for a second order: in plain torch
+            bucket, sign = ops.lpips_project_buckets(f.detach(), dim, seed, layer)
+            grad = reference.lpips_project_backward(grad, f, weight, bucket, sign, eps, inside)
+        else:
+            grad = ops.lpips_project_backward(grad, f, weight, seed, layer, eps, inside)
+        return grad, None, None, None, None, None, None
 
 
 class _FeatureDistance(torch.autograd.Function):
@@ -191,8 +186,8 @@ def lpips_projection(
 
     Notes: For one pair, ‖S(x) − S(y)‖² has the mean LPIPS(x, y) over seeds and a relative standard deviation of at most
         √(2 / dim): 4.4 % for 1024. It is off by more than ε with a probability of at most 2 / (dim ε²) (Chebyshev).
-        Differentiable in features, and twice, in plain torch. Deterministic; on the CPU, where a
-        channels_last map is copied first, any layout gives the same bits, on CUDA the same but for rounding.
+        Differentiable in features, and twice. Deterministic; on the CPU, where a channels_last map is copied first, any
+        layout gives the same bits, on CUDA the same but for rounding.
 
     Source: Charikar, Chen & Farach-Colton 2002 (CountSketch); Weinberger et al. 2009, whose variance bound holds for
         any buckets that no two coordinates share with a probability above 1 / dim: those of one run share none.

@@ -1,4 +1,4 @@
-"""Ops `fastgen::lpips_layer` and `fastgen::feature_distance` with their gradients, all first order; `lpips_project`.
+"""Ops `fastgen::lpips_layer`, `lpips_project` and `feature_distance` with their gradients, all first order.
 
 Both maps of a call have one shape, dtype and device. Values are float32 (float64 for float64); a gradient has the dtype
 and the strides of its map. Private: `fastgen.functional.perceptual` checks and differentiates.
@@ -23,6 +23,9 @@ _SCHEMAS = {
     "lpips_layer_backward_weight": "(Tensor grad, Tensor f0, Tensor f1, float eps, bool eps_inside) -> Tensor",
     "lpips_project": (
         "(Tensor f, Tensor weight, SymInt dim, SymInt seed, int layer, float eps, bool eps_inside) -> Tensor"
+    ),
+    "lpips_project_backward": (
+        "(Tensor grad, Tensor f, Tensor weight, SymInt seed, int layer, float eps, bool eps_inside) -> Tensor"
     ),
     "feature_distance": "(Tensor f0, Tensor f1, bool squared) -> Tensor",
     "feature_distance_backward": "(Tensor grad, Tensor f0, Tensor f1, bool squared) -> Tensor",
@@ -151,7 +154,10 @@ def _lpips_layer_backward_weight(grad: Tensor, f0: Tensor, f1: Tensor, eps: floa
     return reference.lpips_layer_backward_weight(grad, f0, f1, eps, eps_inside)
 
 
-def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+def _project_fused(
+    f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool, grad: Tensor | None
+) -> Tensor | None:
+    """The projection, or (with `grad`) the gradient of f; None where that is the reference's."""
     kernel = backend.choose("perceptual", f.device)
     if kernel == "triton":
         from fastgen.kernels import launch
@@ -159,19 +165,37 @@ def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, e
         if launch.lpips_fits(f):
             last = not f.is_contiguous() and f.is_contiguous(memory_format=torch.channels_last)
             g = f if last else f.contiguous()
-            return launch.lpips_project(g, weight, dim, seed, layer, eps, eps_inside, last)
+            if grad is None:
+                return launch.lpips_project(g, weight, dim, seed, layer, eps, eps_inside, last)
+            return _like(f, launch.lpips_project_backward(grad, g, weight, seed, layer, eps, eps_inside, last))
     if kernel != "cpp":
-        return reference.lpips_project(f, weight, dim, seed, layer, eps, eps_inside)
+        return None
     extension = backend.extension()
     assert extension is not None
     n, c, h, w = f.shape
     g, wide = f.contiguous(), reference.wide(f.dtype)
     weight = weight.to(wide).contiguous()
-    out = g.new_empty(n, dim, dtype=wide)
-    pointers = (g.data_ptr(), weight.data_ptr(), out.data_ptr())
+    grad = None if grad is None else grad.to(wide).contiguous()
+    out = g.new_empty(n, dim, dtype=wide) if grad is None else torch.empty_like(g)
+    pointers = (g.data_ptr(), weight.data_ptr(), 0 if grad is None else grad.data_ptr(), out.data_ptr())
     sizes = (n, c, h * w, dim, layer, seed % 2**64)
     extension.lpips_project(*pointers, *sizes, eps, eps_inside, _TYPES[g.dtype], torch.get_num_threads())
-    return out
+    return out if grad is None else _like(f, out)
+
+
+def _lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+    fused = _project_fused(f, weight, dim, seed, layer, eps, eps_inside, None)
+    return reference.lpips_project(f, weight, dim, seed, layer, eps, eps_inside) if fused is None else fused
+
+
+def _lpips_project_backward(
+    grad: Tensor, f: Tensor, weight: Tensor, seed: int, layer: int, eps: float, eps_inside: bool
+) -> Tensor:
+    fused = _project_fused(f, weight, grad.shape[1], seed, layer, eps, eps_inside, grad)
+    if fused is not None:
+        return fused
+    buckets = reference.projection(f.shape[1], f.shape[2] * f.shape[3], grad.shape[1], seed, layer, f.device)
+    return _like(f, reference.lpips_project_backward(grad, f, weight, *buckets, eps, eps_inside))
 
 
 def _feature_cpp(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None) -> Tensor:
@@ -259,6 +283,11 @@ def _(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, ep
     return f.new_empty(f.shape[0], dim, dtype=reference.wide(f.dtype))
 
 
+@torch.library.register_fake("fastgen::lpips_project_backward")
+def _(grad: Tensor, f: Tensor, weight: Tensor, seed: int, layer: int, eps: float, eps_inside: bool) -> Tensor:
+    return torch.empty_like(f)
+
+
 @torch.library.register_fake("fastgen::feature_distance")
 def _(f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
     return _values(f0)
@@ -287,6 +316,7 @@ lpips_layer_backward = torch.ops.fastgen.lpips_layer_backward
 lpips_layer_backward_both = torch.ops.fastgen.lpips_layer_backward_both
 lpips_layer_backward_weight = torch.ops.fastgen.lpips_layer_backward_weight
 lpips_project = torch.ops.fastgen.lpips_project
+lpips_project_backward = torch.ops.fastgen.lpips_project_backward
 feature_distance = torch.ops.fastgen.feature_distance
 feature_distance_backward = torch.ops.fastgen.feature_distance_backward
 lpips_project_buckets = torch.ops.fastgen.lpips_project_buckets.default

@@ -103,3 +103,14 @@ def lpips_project(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, ep
     out = rows.new_zeros(dim, f.shape[0])
     # index_add would add in any order on CUDA; index_put sorts first
     return out.index_put((bucket.flatten(),), rows, accumulate=True).t().contiguous()
+
+
+def lpips_project_backward(
+    grad: Tensor, f: Tensor, weight: Tensor, bucket: Tensor, sign: Tensor, eps: float, eps_inside: bool
+) -> Tensor:
+    """Gradient of Σ grad · lpips_project with respect to f, of that one's `projection`: v·s − u (u·v) / r with the u, s
+    and r of `normalise` and v the gradient of u: grad's bucket times sign and scale."""
+    u, scale, r = normalise(f, eps, eps_inside)
+    root = (weight.to(u.dtype) / (f.shape[2] * f.shape[3])).sqrt()[:, None] * sign
+    v = (grad.to(u.dtype).index_select(1, bucket.flatten()) * root.flatten()).view(u.shape)
+    return (v * scale - u * ((u * v).sum(1, keepdim=True) / r)).to(f.dtype)

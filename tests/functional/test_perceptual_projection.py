@@ -49,17 +49,45 @@ def test_against_the_oracle(oracle, kernel, shape, dim, eps_mode):
         assert ops.lpips_project(bad, weight.float(), dim, 0, 0, *EPS[eps_mode])[0].isnan().any()
 
 
+@pytest.mark.parametrize("eps_mode", list(EPS))
+@pytest.mark.parametrize(
+    ("shape", "dim"),  # the last two of more than one block of pixels, torn and whole
+    [((2, 3, 5, 7), 64), ((3, 2, 1, 1), 65), ((0, 2, 2, 2), 64), ((2, 5, 19, 17), 100), ((1, 9, 16, 32), 257)],
+    ids=str,
+)
+def test_gradient_against_the_oracle(oracle, kernel, shape, dim, eps_mode):
+    f, weight, upstream = torch.randn(shape).double().relu(), torch.rand(shape[1]).double(), torch.randn(shape[0], dim)
+    if shape[0]:
+        f[0, :, 0, 0] = 0
+    for seed, layer in ((0, 0), (2**64 - 3, 4)):
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        want = oracle.projection_gradient(f, weight, upstream, dim, seed, layer, eps_mode)
+        options = (signed, layer, *EPS[eps_mode])
+        got = ops.lpips_project_backward(upstream.double(), f, weight, *options)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        for g in (f.float(), f.float().contiguous(memory_format=torch.channels_last), f.float().transpose(2, 3).mT):
+            got = ops.lpips_project_backward(upstream, g, weight.float(), *options)
+            assert got.stride() == torch.empty_like(g).stride()
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+        for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+            half = f.to(dtype)
+            got = ops.lpips_project_backward(upstream, half, weight.float(), *options)
+            wide = ops.lpips_project_backward(upstream, half.float(), weight.float(), *options)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.float(), wide, rtol=tolerance, atol=1e-6)
+
+
 def test_threads_do_not_matter():
     f, weight, before = torch.randn(5, 33, 17, 19), torch.rand(33), torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(ops.lpips_project(f, weight, 128, 0, 0, 1e-10, False))
+            value = ops.lpips_project(f, weight, 128, 0, 0, 1e-10, False)
+            found.append((value, ops.lpips_project_backward(value, f, weight, 0, 0, 1e-10, False)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_layers_add_up(oracle):
@@ -104,6 +132,8 @@ def test_opcheck_and_compile():
     f, weight = torch.randn(2, 5, 3, 4), torch.rand(5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.lpips_project.default, (f, weight, 64, -5, 1, 1e-10, False), test_utils=tests)
+    pull = (torch.randn(2, 64), f.contiguous(memory_format=torch.channels_last), weight, -5, 1, 1e-10, False)
+    torch.library.opcheck(ops.lpips_project_backward.default, pull, test_utils=tests)
     torch._dynamo.reset()
     compiled = torch.compile(lambda g: F.lpips_projection([g], [weight], dim=64), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(f), F.lpips_projection([f], [weight], dim=64))

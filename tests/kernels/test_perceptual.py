@@ -152,7 +152,7 @@ def compiled() -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_compiles_for_every_target(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    kernels = ("value", "grad", "l1", "scale", "project")
+    kernels = ("value", "grad", "l1", "scale", "project", "unproject")
     assert set(compiled) == {(kernel, target) for kernel in kernels for target in targets}
 
 
@@ -178,6 +178,13 @@ def test_the_projection_on_hopper(compiled: dict[tuple[str, str], dict[str, Any]
     assert row["opcodes"]["IMAD"] < 500
 
 
+def test_the_projection_s_gradient_on_hopper(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
+    row = compiled["unproject", "sm_90"]
+    assert row["stack"] == 0
+    assert row["shared"] <= 16 * 1024
+    assert not {"ATOM", "ATOMG", "RED"} & set(row["opcodes"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -200,7 +207,10 @@ def test_on_a_gpu(oracle: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
     assert torch.equal(ops.lpips_layer(g0, g0.clone(), w, 1e-10, False).cpu(), torch.zeros(shape[0]))
     with backend.force("reference"):
         sketch = ops.lpips_project(f0.double(), weight.double(), 300, 5, 1, 1e-10, False)
+        pull = torch.randn(shape[0], 300)
+        back = ops.lpips_project_backward(pull.double(), f0.double(), weight.double(), 5, 1, 1e-10, False)
     close(ops.lpips_project(g0, w, 300, 5, 1, 1e-10, False).cpu(), sketch, 1e-6)
+    close(ops.lpips_project_backward(pull.cuda(), g0, w, 5, 1, 1e-10, False).cpu(), back, tolerance)
     close(ops.feature_distance(g0, g1, False).cpu(), far, 1e-6)
 
 
@@ -233,6 +243,12 @@ def test_projection(oracle: ModuleType, shape: tuple[int, ...], dim: int, last: 
         )
         cpu = ops.lpips_project(f, weight, dim, signed, layer, *EPS[eps_mode])
         torch.testing.assert_close(got, cpu, rtol=1e-5, atol=1e-6)
+        upstream = torch.randn(shape[0], dim)
+        with backend.force("triton"):
+            back = ops.lpips_project_backward(upstream, f, weight, signed, layer, *EPS[eps_mode])
+        assert back.stride() == f.stride()
+        want = oracle.projection_gradient(f, weight, upstream, dim, seed, layer, eps_mode)
+        torch.testing.assert_close(back.double(), want, rtol=1e-4, atol=1e-6)
 
 
 @interpreted
@@ -245,6 +261,14 @@ def test_projection_of_half_types_and_of_nan() -> None:
         torch.testing.assert_close(
             got, ops.lpips_project(g.float(), weight, 64, 1, 0, 1e-10, False), rtol=1e-5, atol=1e-6
         )
+        upstream = torch.randn(2, 64)
+        with backend.force("triton"):
+            back = ops.lpips_project_backward(upstream, g, weight, 1, 0, 1e-10, False)
+        assert back.dtype == dtype
+        want = ops.lpips_project_backward(upstream, g.float(), weight, 1, 0, 1e-10, False)
+        torch.testing.assert_close(back.float(), want, rtol=1e-2, atol=1e-6)
     f[1, 2, 3, 4] = torch.nan
     with backend.force("triton"):
+        back = ops.lpips_project_backward(torch.randn(2, 64), f, weight, 1, 0, 1e-10, False)
+        assert back.isnan().flatten(2).any(1).sum(1).tolist() == [0, 1]
         assert ops.lpips_project(f, weight, 64, 1, 0, 1e-10, False).isnan().any(1).tolist() == [False, True]

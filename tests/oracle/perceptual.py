@@ -71,6 +71,26 @@ def projection(f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps_m
     return out
 
 
+def projection_gradient(
+    f: Tensor, weight: Tensor, upstream: Tensor, dim: int, seed: int, layer: int, eps_mode: str
+) -> Tensor:
+    """Of Σ upstream · projection with respect to f, each pixel's by autograd; 0 where the root of a zero vector has
+    none."""
+    n, channels, h, w = f.shape
+    leaf = f.detach().double().requires_grad_()
+    total = leaf.sum() * 0
+    for i in range(n):
+        for p in range(h * w):
+            pull = []
+            for c in range(channels):
+                words = philox([p // 64, c, layer, 0], seed)
+                sign = -1 if words[p % 64 // 32] >> (p % 32) & 1 else 1
+                bucket = ((words[2] * dim >> 32) + p % 64) % dim
+                pull.append(sign * float(weight[c] / (h * w)) ** 0.5 * float(upstream[i, bucket]))
+            total = total + unit(leaf[i, :, p // w, p % w], eps_mode) @ torch.tensor(pull, dtype=torch.float64)
+    return torch.autograd.grad(total, leaf)[0].nan_to_num()
+
+
 def gram(f: Tensor) -> Tensor:
     f = f.double()
     n, c, h, w = f.shape
