@@ -15,6 +15,9 @@ struct Lanes {
     using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     typedef T V __attribute__((vector_size(VEC_BYTES)));
     typedef T Half __attribute__((vector_size(VEC_BYTES / 2)));
+    typedef double D __attribute__((vector_size(VEC_BYTES)));
+    typedef double HalfD __attribute__((vector_size(VEC_BYTES / 2)));
+    using Wide = std::conditional_t<sizeof(T) == 4, D, HalfD>;  // of as many lanes as Half
     typedef Int I __attribute__((vector_size(VEC_BYTES)));
 };
 
@@ -34,15 +37,29 @@ constexpr T far = sizeof(T) == 4 ? T(1e35) : T(1e300);
 template <class T>
 constexpr T none = far<T> / 2;
 
+// Half with half.
+template <class T, int bytes = VEC_BYTES>
+FASTGEN_INLINE double lane_sum(const void* of) {
+    if constexpr (bytes == sizeof(T)) {
+        return double(*static_cast<const T*>(of));
+    } else {
+        typedef T H __attribute__((vector_size(bytes / 2)));
+        H low, high;
+        std::memcpy(&low, of, sizeof(H));
+        std::memcpy(&high, static_cast<const char*>(of) + sizeof(H), sizeof(H));
+        low += high;
+        return lane_sum<T, bytes / 2>(&low);
+    }
+}
+
+// max(x, 0); NaN stays.
 template <class T>
-FASTGEN_INLINE double lane_sum(Vec<T> v) {
-    typename Lanes<T>::Half low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    low += high;
-    T sum = 0;
-    for (int l = 0; l < Lanes<T>::count / 2; ++l) sum += low[l];
-    return double(sum);
+FASTGEN_INLINE Vec<T> at_least_zero(Vec<T> x) {
+#if VEC_BYTES == 64
+    if constexpr (std::is_same_v<T, float>)  // of a NaN and a number this one takes the second
+        return (Vec<T>)__builtin_ia32_maxps512_mask(Vec<float>{}, (Vec<float>)x, Vec<float>{}, (unsigned short)-1, 4);
+#endif
+    return x < T(0) ? Vec<T>{} : x;
 }
 
 // 1/x for x ≥ 1.
@@ -122,17 +139,18 @@ FASTGEN_INLINE Vec<T> exp_negative(Vec<T> x) {
 
 // The seven scales {s, 1} ∪ {1/s}, in pairs: with v = 1/(1 + u), z = v − v² and b = (1 − s)²/s,
 //   k = v + Σ_b (2v + bz)/(1 + bz),   −dk/du = v² (1 + 2R + (1 − 4z)S),   R = Σ 1/(1 + bz),   S = Σ b/(1 + bz)².
-// Over their common denominator Q = Π (1 + bz) the sums are polynomials in z: 2R = A/Q, Σ b/(1 + bz) = B/Q, S = C/Q². Every
-// coefficient is positive and z ≤ ¼: right at any u.
+// Over their common denominator Q = Π (1 + bz) the sums are polynomials in z: 2R = A/Q, Σ b/(1 + bz) = B/Q and
+// (1 − 4z)S = C/Q². z ≤ ¼: right at any u. Of all coefficients only C's have two signs, and where they cancel, at z = ¼, S is
+// at most 3.
 template <class T>
 struct ImqPairs {
     static constexpr Metric metric = expanded;
     static constexpr bool vanishes = true;
     double base;
-    T q[4], a[3], b[3], c[5];
+    T q[4], a[3], b[3], c[6];
 
     explicit ImqPairs(const std::vector<double>& p) : base(p.at(0)), q{}, a{}, b{}, c{} {
-        double wq[4] = {1}, wa[3] = {}, wb[3] = {}, wc[5] = {};
+        double wq[4] = {1}, wa[3] = {}, wb[3] = {}, wc[6] = {};
         for (int i = 1; i <= 3; ++i) {
             const double f = p.at(i), g = p.at(i % 3 + 1), h = p.at((i + 1) % 3 + 1);
             const double others[3] = {1, g + h, g * h};  // (1 + gz)(1 + hz)
@@ -146,7 +164,8 @@ struct ImqPairs {
         std::copy_n(wq, 4, q);
         std::copy_n(wa, 3, a);
         std::copy_n(wb, 3, b);
-        std::copy_n(wc, 5, c);
+        for (int m = 5; m > 0; --m) wc[m] -= 4 * wc[m - 1];
+        std::copy_n(wc, 6, c);
     }
     double at_zero() const { return 7; }
 
@@ -157,8 +176,8 @@ struct ImqPairs {
         const Vec<T> r = reciprocal<T>(((z * q[3] + q[2]) * z + q[1]) * z + T(1));
         const Vec<T> g = ((z * a[2] + a[1]) * z + a[0]) * r + T(1);
         if constexpr (order > 0) {
-            const Vec<T> s = (((z * c[4] + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
-            w = vv * ((T(1) - z * T(4)) * (r * r) * s + g);
+            const Vec<T> s = ((((z * c[5] + c[4]) * z + c[3]) * z + c[2]) * z + c[1]) * z + c[0];
+            w = vv * ((r * r) * s + g);
         }
         return v * g + ((z * b[2] + b[1]) * z + b[0]) * (z * r);
     }

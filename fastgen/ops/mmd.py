@@ -41,7 +41,8 @@ def _inverse_pairs(constants: tuple[float, ...]) -> tuple[float, float, float, f
 
 def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, float] | None:
     """(c, b₁, b₂, b₃) where the seven IMQ constants are c·{s₁, s₂, s₃, 1, 1/s₃, 1/s₂, 1/s₁}, as WAE's are: with
-    b = (1 − s)²/s they then need two reciprocals a pair instead of seven (kernels/mmd.py and csrc/mmd.inl say how)."""
+    b = (1 − s)²/s they then need two reciprocals a pair instead of seven (mmd.py of the Triton kernels, mmd_kernels.inl
+    of the C++ ones)."""
     if len(constants) != 7:
         return None
     ordered = sorted(constants)

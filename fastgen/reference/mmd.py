@@ -71,7 +71,8 @@ class _Problem:
         if wide or (x.is_cuda and torch.get_float32_matmul_precision() != "highest"):
             work = torch.float64  # the user's TF32 is for layers: here it would be larger than the result
         n, m = x.shape[-2], y.shape[-2]
-        self.x, self.y = (p.to(work).reshape(-1, *p.shape[-2:]) for p in (x, y))
+        # Of one layout: a matrix product's last bits depend on it.
+        self.x, self.y = (p.to(work).reshape(-1, *p.shape[-2:]).contiguous() for p in (x, y))
         items = len(self.x)
         if options.kind != "polynomial":
             # One centre for both keeps the expanded distances exact where it matters, and makes inf NaN everywhere.
@@ -133,8 +134,8 @@ def hessian_product(x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, options
         # Between close points the two parts of a rooted kernel's second derivative cancel, to nothing in one dimension.
         problem = _Problem(x, y, options, wide=options.kind in ROOTED)
         a, b = problem.x, problem.y
-        va = vx.to(a.dtype).reshape(a.shape)
-        vb = torch.zeros_like(b) if vy is None else vy.to(a.dtype).reshape(b.shape)
+        va = vx.to(a.dtype).reshape(a.shape).contiguous()
+        vb = torch.zeros_like(b) if vy is None else vy.to(a.dtype).reshape(b.shape).contiguous()
         hx, hy = torch.zeros_like(a), torch.zeros_like(b)
         pull = problem.pulls()
         if options.terms & XX:

@@ -62,10 +62,10 @@ def test_against_the_oracle(isa: str, name: str, dtype: torch.dtype, oracle: Mod
                 assert error <= relative * h.norm() + absolute, (n, m, d, estimator, len(weights), float(error))
 
 
-@pytest.mark.parametrize("name", ["imq_pairs", "energy", "polynomial"])
-def test_batches_layouts_terms_and_threads(isa: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "n"), [("imq_pairs", 150), ("energy", 150), ("polynomial", 150), ("imq_pairs", 400)])
+def test_batches_layouts_terms_and_threads(isa: str, name: str, n: int) -> None:
     kind, parameters = KERNELS[name]
-    samples = [sample(150, 140, 9, torch.float32) for _ in range(3)]
+    samples = [sample(n, 140, 9, torch.float32) for _ in range(3)]
     whole = [torch.stack(parts) for parts in zip(*samples, strict=True)]
     strided = [t.mT.contiguous().mT for t in whole]
     options = (kind, parameters, "u_statistic" if len(samples[0][0]) == len(samples[0][1]) else "unbiased", "ieee")

@@ -1,0 +1,71 @@
+// Sums of rows weighted by a tile of factors, register-blocked: the gradients' matrix products.
+
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count)
+        : data(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64))) {
+        if (data == nullptr) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+constexpr int strip_rows = VEC_BYTES == 64 ? 8 : 4;  // rows of the register block; its columns are two vectors
+
+// G[a][:] += scale · Σ_b w(a, b) Z[b][:] for `count` rows a and `width` vectors V; w(a, b) = w[a·step_a + b·step_b].
+template <class T, class V, int count, int width>
+FASTGEN_INLINE void weighted_sums(const T* w, int64_t step_a, int64_t step_b, int64_t terms, const T* z, T* g,
+                                  int64_t stride, T scale) {
+    constexpr int lanes = sizeof(V) / sizeof(T);
+    V sums[count][width] = {};
+    for (int64_t b = 0; b < terms; ++b) {
+        V points[width];
+        for (int v = 0; v < width; ++v) points[v] = *(const V*)(z + b * stride + v * lanes);
+        for (int a = 0; a < count; ++a) {
+            const T factor = w[a * step_a + b * step_b];
+            for (int v = 0; v < width; ++v) sums[a][v] += points[v] * factor;
+        }
+    }
+    for (int a = 0; a < count; ++a)
+        for (int v = 0; v < width; ++v) {
+            V* out = (V*)(g + a * stride + v * lanes);
+            *out += sums[a][v] * scale;
+        }
+}
+
+template <class T, class Z, int count, int width>
+void gather_columns(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z, T* g,
+                    int64_t stride, T scale) {
+    constexpr int64_t block = 32;  // rows z that stay in the nearest cache for all a
+    for (int64_t b = 0; b < terms; b += block)
+        for (int64_t a = 0; a < count_a; a += count)
+            weighted_sums<T, Z, count, width>(w + a * step_a + b * step_b, step_a, step_b, std::min(block, terms - b),
+                                              z + b * stride, g + a * stride, stride, scale);
+}
+
+// Rows a take Σ_b w z_b; `count_a` is a multiple of a strip's rows. Enough sums at once to hide an addition's latency.
+template <class T>
+void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t terms, const T* z, T* g, int64_t width,
+            int64_t stride, T scale) {
+    using V = Vec<T>;
+    constexpr int lanes = Lanes<T>::count;
+    constexpr bool wide = VEC_BYTES == 64;
+    if (width < lanes)
+        return gather_columns<T, typename Lanes<T>::Half, strip_rows, 1>(w, step_a, step_b, count_a, terms, z, g, stride,
+                                                                 scale);
+    for (int64_t c = 0; c < width;) {
+        const int64_t left = (width - c) / lanes;
+        if (wide && left >= 4) {
+            gather_columns<T, V, 4, wide ? 4 : 1>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+            c += 4 * lanes;
+        } else if (left >= 2) {
+            gather_columns<T, V, strip_rows, 2>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+            c += 2 * lanes;
+        } else {
+            gather_columns<T, V, strip_rows, 1>(w, step_a, step_b, count_a, terms, z + c, g + c, stride, scale);
+            c += lanes;
+        }
+    }
+}
