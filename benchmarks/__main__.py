@@ -12,18 +12,20 @@ Each says more with --help.
 import argparse
 import contextlib
 import importlib
+import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import machine, memory, results
-from benchmarks.harness import Measurer, Work, seconds_text
+from benchmarks.harness import PATIENCE, Measurer, Work, seconds_text
 
 FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 DEMO_PROVIDERS = ["fastgen", "eager"]  # others are for those who ask: compiling and loading them takes its time
-ROUNDS = {"demo": 3, "quick": 5, "full": 11, "huge": 11}
+ROUNDS = {"demo": 5, "quick": 5, "full": 11, "huge": 11}
 
 
 def works(family: str, scale: str) -> list[Work]:
@@ -50,6 +52,23 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nbenchmarks: interrupted; --out has the works before this one, --resume goes on", file=sys.stderr)
+        return 130
+
+
+def resumed(earlier: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """What a new run keeps of an earlier file: nothing if it is of another machine or version."""
+    differ = [k for k in ("device", "threads", "commit", "torch") if earlier["machine"].get(k) != content["machine"][k]]
+    said = ", ".join(f"{k} {earlier['machine'].get(k)}" for k in differ)
+    # The stages of `make gpu` keep what they found in the same file, whatever the scale.
+    kept = {} if differ else {k: v for k, v in earlier.items() if k != "machine"}
+    if kept.get("scale", content["scale"]) != content["scale"]:
+        said = f"scale {kept['scale']}"
+        kept |= {k: content[k] for k in ("scale", "spent", "rows")}
+    if said:
+        print(f"--resume: the file is of another run ({said}), this one begins anew", file=sys.stderr)
+    return kept
 
 
 def measure(argv: list[str]) -> int:
@@ -64,7 +83,8 @@ def measure(argv: list[str]) -> int:
     parser.add_argument("--provider", action="append", help="only this one, and again for another")
     parser.add_argument("--work", action="append", metavar="TEXT", help="only works whose names have it, and again")
     parser.add_argument("--base", metavar="GIT_REF", help="measure that ref's fastgen beside ours")
-    parser.add_argument("--patience", type=float, help="seconds that one call may take (default 6, of --huge no end)")
+    said = f"seconds that one call may take (default {PATIENCE:.0f}, of --huge no end)"
+    parser.add_argument("--patience", type=float, help=said)
     parser.add_argument("--seconds", type=float, help="stop after so many, between two works; --resume goes on")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--out", metavar="FILE.json", help="written as the rows come")
@@ -74,6 +94,10 @@ def measure(argv: list[str]) -> int:
         parser.error("--device cuda: torch finds no CUDA device here")
     if arguments.resume and not arguments.out:
         parser.error("--resume: expected --out FILE.json with it")
+    for name in ("patience", "seconds"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name}: expected more than 0, got {value:g}")
     started = time.monotonic()
     device = torch.device(arguments.device)
     scale = "demo" if arguments.what == "demo" else "quick" if arguments.quick else "huge" if arguments.huge else "full"
@@ -84,25 +108,24 @@ def measure(argv: list[str]) -> int:
         if not chosen:
             raise ValueError(f"--work: expected part of a work's name, got {', '.join(arguments.work)}")
     for name in arguments.provider or ():
-        if not any(name in work.providers for work in chosen):
-            known = sorted({name for work in chosen for name in work.providers})
+        known = sorted({name for work in chosen for name in work.names(device.type)})
+        if name not in known:
             raise ValueError(f"--provider: expected one of {', '.join(known)}, got {name!r}")
-    content: dict[str, Any] = {"machine": machine.describe(device), "scale": scale, "rows": []}
-    with contextlib.suppress(ValueError):
-        if arguments.resume:
-            earlier = results.load(arguments.out)
-            same = all(earlier["machine"].get(k) == content["machine"][k] for k in ("device", "commit", "torch"))
-            if same:  # the stages of `make gpu` keep what they found in the same file
-                content |= {k: v for k, v in earlier.items() if k not in ("machine", "scale", "rows")}
-            content["rows"] = earlier["rows"] if same and earlier.get("scale", scale) == scale else []
+    only = arguments.provider or (DEMO_PROVIDERS if scale == "demo" else None)
+    content: dict[str, Any] = {"machine": machine.describe(device), "scale": scale, "spent": {}, "rows": []}
+    if arguments.resume and Path(arguments.out).exists():
+        content |= resumed(results.load(arguments.out), content)
+    if arguments.out:
+        try:
+            results.save(arguments.out, content)
+        except OSError as error:
+            raise ValueError(f"--out: expected a file that can be written, got {arguments.out}: {error}") from None
     content["machine"]["limits"] = limits = machine.limits(device, quick=scale in ("demo", "quick"))
-    done = {(row["family"], row["work"]) for row in content["rows"]}
     with contextlib.ExitStack() as stack:
         run = Measurer(
             device,
             rounds=ROUNDS[scale],
-            at_least=0.02 if scale == "demo" else 0.05,
-            patience=arguments.patience or (float("inf") if scale == "huge" else 6.0),
+            patience=arguments.patience or (float("inf") if scale == "huge" else PATIENCE),
             limits=limits,
             rows=content["rows"],
         )
@@ -122,14 +145,23 @@ def measure(argv: list[str]) -> int:
             stack.callback(other.close)
             children.append(other.process.pid)
             run.base, run.base_name = other.ready, f"fastgen@{arguments.base}"
+        spent = content["spent"]
+        spent["setting up"] = round(spent.get("setting up", 0.0) + time.monotonic() - started, 2)
         for work in chosen:
-            if (work.family, work.name) in done:
+            names = work.names(device.type, only)
+            wanted = {*names, run.base_name} if run.base and "fastgen" in names else set(names)
+            earlier = [row for row in content["rows"] if (row["family"], row["work"]) == (work.family, work.name)]
+            had = {row["provider"] for row in earlier if row.get("expected_seconds", math.inf) > run.patience}
+            if wanted <= had:
                 continue
             if arguments.seconds and time.monotonic() - started > arguments.seconds:
                 print(f"out of time before {work.family}: {work.name}; --resume goes on", file=sys.stderr)
                 break
             print(f"{work.family}: {work.name}", end="", file=sys.stderr, flush=True)
-            rows = run.measure(work, arguments.provider or (DEMO_PROVIDERS if scale == "demo" else None))
+            content["rows"][:] = [row for row in content["rows"] if row not in earlier]  # one work, one run's rounds
+            begun = time.monotonic()
+            rows = run.measure(work, [*names, *had])
+            spent[work.family] = round(spent.get(work.family, 0.0) + time.monotonic() - begun, 2)
             best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)
             print(f": {best or 'nothing to time'}", file=sys.stderr, flush=True)
             if arguments.out:

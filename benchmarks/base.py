@@ -6,6 +6,7 @@ Our benchmark files drive both, so that the same inputs go to both and rounds in
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def serve(tree: str, scale: str, device: str) -> int:
     """The other end. `fastgen` must not be loaded yet: families import it where they use it."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert "fastgen" not in sys.modules
     sys.path.insert(0, tree)
     import fastgen

@@ -1,21 +1,26 @@
 """How cost grows: exponents fitted to a run's rows, and the largest N that fits a given memory."""
 
 import argparse
+import contextlib
 import importlib
 import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import memory, results
-from benchmarks.harness import Row, Work
+from benchmarks.harness import Row, Work, seconds_text
 from benchmarks.harness import size_of as size_of_inputs
 
+FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 POINTS = 3  # the largest sizes, where fixed costs count least
-PROBE_SECONDS = 20.0
+PROBE_SECONDS, TIMEOUT = 4.0, 30.0  # what a call may be expected to take, and it with its compiler
 PRECISION = 1.05  # the search ends when the least N that does not fit is within this factor
+STEP = 4  # times what fits: the farthest N to try next
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
@@ -65,31 +70,44 @@ def text(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def bisect(fits: Any, first: int = 256, most: int = 1 << 24) -> tuple[int, str]:
-    """The largest N that fits, to within PRECISION, and what ended the search: "memory" or the reason of a probe.
+def search(peak: Callable[[int], float | str], limit: float, first: int, most: int = 1 << 24) -> tuple[int, str]:
+    """The largest N whose peak is within the limit, to PRECISION, and what ended the search: "memory" or a reason.
 
-    fits: N -> True, False, or a string that says why it cannot be told (the search then ends below it)
+    Bisection, whose next N is where the last two peaks' growth meets the limit.
+    peak: N -> bytes, inf where they cannot be had, or a string that says why an N is out of reach
     """
-    low, high, ended = 0, None, ""
-    n = first
-    while n <= most:
-        answer = fits(n)
-        if isinstance(answer, str):  # time and not memory: where exactly is worth no more of it
-            return low, answer
-        if answer is not True:
-            high, ended = n, "memory"
-            break
-        low, n = n, 2 * n
-    if high is None:
-        return low, "the end of the search"
+    low, high, ended, n = 0, most + 1, "the end of the search", first
+    known: list[tuple[int, float]] = []
     while high > max(low * PRECISION, low + 1):
-        n = (low + high) // 2
-        answer = fits(n)
-        if answer is True:
+        answer = peak(n)
+        if isinstance(answer, str):
+            high, ended = n, answer
+            if n <= STEP * low:
+                return low, ended  # where exactly time ends it is worth no more of it
+        elif answer <= limit:
             low = n
         else:
-            high, ended = n, answer if isinstance(answer, str) else "memory"
+            high, ended = n, "memory"
+        if not low and math.inf == answer:
+            break
+        if not isinstance(answer, str) and 0 < answer < math.inf:
+            known.append((n, answer))
+        n = _next(low, high, known, limit)
     return low, ended
+
+
+def _next(low: int, high: int, known: list[tuple[int, float]], limit: float) -> int:
+    """Within a step of what fits; just below where the limit is expected, then just above what fits."""
+    middle = (low + high) // 2
+    if not known or len(known) > 8:
+        return min(middle, STEP * low or middle)
+    growth = 1.0
+    if len(known) > 1 and known[-1][0] != known[-2][0]:
+        growth = min(3.0, max(0.5, exponent(*([float(v) for v in values] for values in zip(*known[-2:], strict=True)))))
+    expected = known[-1][0] * (limit / known[-1][1]) ** (1 / growth)
+    n = int(min(expected / PRECISION**0.5, STEP * low or expected))
+    n = n if n > low * PRECISION**0.5 else int(low * PRECISION)
+    return n if low < n < high else middle
 
 
 def largest(family: str, limit: int, device: torch.device, server: memory.Server | None) -> list[Row]:
@@ -97,23 +115,29 @@ def largest(family: str, limit: int, device: torch.device, server: memory.Server
     stay within `limit` bytes."""
     module = importlib.import_module(f"benchmarks.{family}")
     found = []
-    for series in getattr(module, "GROWING", ()):
-        for name in module.growing(series, 256).providers:
-            if device.type not in module.growing(series, 256).provider(name).devices:
-                continue
+    for series, first in module.GROWING.items():
+        for name in module.growing(series, first).names(device.type):
             why: dict[str, str] = {}
+            took: dict[str, float] = {}
 
-            def fits(n: int, name: str = name, series: str = series, why: dict[str, str] = why) -> bool | str:
+            def peak(
+                n: int, name: str = name, series: str = series, why: dict[str, str] = why, took: dict[str, float] = took
+            ) -> float | str:
                 work: Work = module.growing(series, n)
+                size = work.operations or work.moved
+                expected = took["seconds"] * size / took["size"] if took else 0.0
+                if expected > PROBE_SECONDS:
+                    return f"time: a call would take about {seconds_text(expected)}"
                 answer = _peak(work, family, series, n, name, device, server)
                 if "slow" in answer:
-                    return f"time: a call takes longer than {PROBE_SECONDS:.0f} s"
+                    return f"time: a call takes longer than {TIMEOUT:.0f} s"
                 if "failed" in answer:
                     why["failed"] = answer["failed"]
-                    return False
-                return bool(answer["bytes"] + answer["inputs"] <= limit)
+                    return math.inf
+                took.update(seconds=answer["seconds"], size=size)
+                return float(answer["bytes"] + answer["inputs"])
 
-            n, ended = bisect(fits)
+            n, ended = search(peak, limit, first)
             row: Row = {"family": family, "series": series, "provider": name, "limit": limit, "largest": n}
             row["ended"] = ended if n else why.get("failed", ended)
             print(f"{family}: {series}, {name}: N = {n} ({row['ended']})", file=sys.stderr, flush=True)
@@ -125,13 +149,13 @@ def _peak(
     work: Work, family: str, series: str, n: int, name: str, device: torch.device, server: memory.Server | None
 ) -> dict[str, Any]:
     if server is not None:
-        return server.ask({"family": family, "make": series, "n": n, "provider": name, "timeout": PROBE_SECONDS})
+        return server.ask({"family": family, "make": series, "n": n, "provider": name, "timeout": TIMEOUT})
+    started = time.monotonic()
     try:
-        return {"bytes": memory.cuda_probe(work, name, device) or 0, "inputs": size_of_inputs(work.inputs(device))}
-    except torch.cuda.OutOfMemoryError as error:
-        return {"failed": str(error)[:200]}
-    except Exception as error:
+        inputs, peak = size_of_inputs(work.inputs(device)), memory.cuda_probe(work, name, device)
+    except Exception as error:  # out of memory among them
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    return {"bytes": peak or 0, "inputs": inputs, "seconds": (time.monotonic() - started) / 2}
 
 
 def size_of(text: str) -> int:
@@ -154,7 +178,7 @@ def largest_text(rows: list[Row]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks largest", description=__doc__)
-    parser.add_argument("family", nargs="?", choices=["mmd", "perceptual", "nearest"], help="all three by default")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, help="all by default")
     parser.add_argument("--memory", default="256MiB", help="inputs and peak together (default 256MiB)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", metavar="FILE.json", help="a result file, to which this is added")
@@ -163,19 +187,17 @@ def main(argv: list[str]) -> int:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    families = [arguments.family] if arguments.family else ["mmd", "perceptual", "nearest"]
+    families = [arguments.family] if arguments.family else FAMILIES
+    content = results.load(arguments.out) if arguments.out else {}
+    started = time.monotonic()
     rows: list[Row] = []
-    if device.type == "cpu":
-        with memory.server("demo") as server:
-            for family in families:
-                rows += largest(family, limit, device, server)
-    else:
+    with memory.server("demo") if device.type == "cpu" else contextlib.nullcontext() as server:
         for family in families:
-            rows += largest(family, limit, device, None)
+            rows += largest(family, limit, device, server)
     print(largest_text(rows))
     if arguments.out:
-        content = results.load(arguments.out)
-        kept = [r for r in content.get("largest", []) if r["family"] not in families]
-        content["largest"] = kept + rows
+        content["largest"] = [r for r in content.get("largest", []) if r["family"] not in families] + rows
+        spent = content.setdefault("spent", {})
+        spent["largest"] = round(spent.get("largest", 0.0) + time.monotonic() - started, 2)
         results.save(arguments.out, content)
     return 0

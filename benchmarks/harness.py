@@ -1,9 +1,10 @@
 """One harness for every family: check against float64 first, then time in interleaved rounds, then measure memory."""
 
+import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ Setup = Callable[[Any], Run]
 Row = dict[str, Any]
 DEVICES = ("cpu", "cuda")
 COPIES = 8  # of the inputs at most: beyond that they are small enough to stay in the cache in use, too
+PATIENCE = 10.0  # seconds that one call may take
+LONG = 1.0  # seconds: a warm call that takes longer is a round
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Provider:
     setup: inputs -> Run. ImportError lists the provider as missing, any other exception as failed.
     devices: where it can run at all; elsewhere it has no row.
     outside: it allocates device memory that torch's allocator does not see (FAISS, KeOps)
-    apart: it computes in processes of its own: its memory is not measured
+    apart: it computes in processes of its own, or beside such: its memory is not measured
     check: (inputs, result) -> its error by a standard of its own, and the tolerance of that
     """
 
@@ -71,6 +74,10 @@ class Work:
     def provider(self, name: str) -> Provider:
         found = self.providers[name]
         return found if isinstance(found, Provider) else Provider(found)
+
+    def names(self, device: str, only: Sequence[str] | None = None) -> list[str]:
+        """Of the providers that can run on a device, and of those in `only` where it is given."""
+        return [n for n in self.providers if device in self.provider(n).devices and (not only or n in only)]
 
 
 class Ready(Protocol):
@@ -187,16 +194,17 @@ def _reason(problem: Exception) -> str:
 
 
 def expected_seconds(work: Work, provider: str, earlier: list[Row]) -> float:
-    """What one call may take, from the work of the same series nearest in size that was measured or given up."""
+    """What one call may take, from the work of the same series nearest in size that was measured or given up: of the
+    same D if there is one, since few who work pair by pair take D times the time."""
     size = work.operations or work.moved
     known = [
-        (abs(math.log(size / (row["operations"] or row["moved"]))), row)
+        (row["size"].get("D") != work.size.get("D"), abs(math.log(size / (row["operations"] or row["moved"]))), row)
         for row in earlier
         if size and row["provider"] == provider and row["series"] == work.series and row["status"] in ("ok", "skipped")
     ]
     if not known:
         return 0.0
-    row = min(known, key=lambda pair: pair[0])[1]
+    row = min(known, key=lambda of: of[:2])[2]
     took = row["seconds"] if "seconds" in row else row["expected_seconds"]
     return float(took) * size / float(row["operations"] or row["moved"])
 
@@ -213,7 +221,7 @@ class Measurer:
     rounds: int = 9
     at_least: float = 0.05
     budget: float = 1.5
-    patience: float = 6.0
+    patience: float = PATIENCE
     memory: Callable[[Work, str], int | None] | None = None
     base: Callable[[Work, str], Ready] | None = None
     base_name: str = ""
@@ -222,21 +230,22 @@ class Measurer:
     rows: list[Row] = field(default_factory=list)
 
     def measure(self, work: Work, only: list[str] | None = None) -> list[Row]:
-        """A row for each provider: status, error, seconds, quantiles, memory, rates, shares of the machine's best."""
-        names = [n for n in work.providers if self.device.type in work.provider(n).devices]
-        names = [n for n in names if not only or n in only]
+        """A row for each provider: status, error, seconds, quantiles, memory, rates, shares of the machine's best, and
+        what it took to get them (`spent`, of wall time)."""
+        names = work.names(self.device.type, only)
         if not names:
             return []
         inputs = work.inputs(self.device)
         expected: Any = None
         rows: dict[str, Row] = {}
         ready: dict[str, Ready] = {}
-        rounds: dict[str, int] = {}
+        times: dict[str, list[float]] = {}
         if self.base is not None and "fastgen" in names:
             names = [self.base_name, *names]
+        load = machine.Load(self.children())
         for name in names:
             row = rows[name] = {"family": work.family, "work": work.name, "provider": name, "series": work.series}
-            row |= {"size": work.size, "operations": work.operations, "moved": work.moved}
+            row |= {"size": work.size, "operations": work.operations, "moved": work.moved, "spent": 0.0}
             expects = expected_seconds(work, name, self.rows)
             if expects > self.patience:
                 row |= {"status": "skipped", "expected_seconds": expects}
@@ -244,44 +253,46 @@ class Measurer:
                 continue
             if expected is None:
                 expected = work.oracle(inputs)
-            try:
-                if name == self.base_name and self.base is not None:
-                    of: Ready = self.base(work, "fastgen")
-                else:
-                    of = Local(work, name, inputs, self.device)
-                    row["cache"] = of.cache
-            except ImportError as problem:
-                row |= {"status": "missing", "reason": str(problem)}
-                continue
-            except Exception as problem:
-                row |= {"status": "failed", "reason": _reason(problem)}
-                continue
-            if checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):
-                warm = of.seconds(0.0)
-                ready[name] = of
-                rounds[name] = 1 if work.once else max(2, min(self.rounds, int(self.budget / max(warm, self.at_least))))
+            with _spending(row):
+                of = self._set_up(work, name, inputs, row)
+                if of and checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):
+                    warm = of.seconds(0.0)
+                    ready[name], times[name] = of, [warm] if warm > LONG else []
+                    row["rounds"] = max(2, min(self.rounds, int(self.budget / max(warm, self.at_least))))
+                    row["rounds"] = 1 if work.once else row["rounds"]
         del expected
-        self._time(rows, ready, rounds)
+        self._time(rows, ready, times, load if work.once else machine.Load(self.children()))
         del ready, inputs
         gc.collect()
         for name, row in rows.items():
-            if (
-                row["status"] == "ok"
-                and self.memory is not None
-                and name != self.base_name
-                and not work.provider(name).apart
-            ):
-                row["peak_bytes"] = self.memory(work, name)
+            apart = name == self.base_name or work.provider(name).apart
+            if row["status"] == "ok" and self.memory is not None and not apart:
+                with _spending(row):
+                    row["peak_bytes"] = self.memory(work, name)
         self.rows += rows.values()
         return list(rows.values())
 
-    def _time(self, rows: dict[str, Row], ready: dict[str, Ready], rounds: dict[str, int]) -> None:
-        times: dict[str, list[float]] = {name: [] for name in ready}
-        load = machine.Load(self.children())
-        for turn in range(max(rounds.values(), default=0)):  # interleaved, so that a drifting machine favours nobody
-            for name, of in ready.items():
-                if turn < rounds[name]:
-                    times[name].append(of.seconds(self.at_least))
+    def _set_up(self, work: Work, name: str, inputs: Any, row: Row) -> Ready | None:
+        try:
+            if name == self.base_name and self.base is not None:
+                return self.base(work, "fastgen")
+            of = Local(work, name, inputs, self.device)
+            row["cache"] = of.cache
+            return of
+        except ImportError as problem:
+            row |= {"status": "missing", "reason": str(problem)}
+        except Exception as problem:
+            row |= {"status": "failed", "reason": _reason(problem)}
+        return None
+
+    def _time(
+        self, rows: dict[str, Row], ready: dict[str, Ready], times: dict[str, list[float]], load: machine.Load
+    ) -> None:
+        for _ in range(max((rows[name]["rounds"] for name in ready), default=0)):
+            for name, of in ready.items():  # interleaved, so that a drifting machine favours nobody
+                if len(times[name]) < rows[name]["rounds"]:
+                    with _spending(rows[name]):
+                        times[name].append(of.seconds(self.at_least))
         other = load.others()
         for name, taken in times.items():
             ordered = torch.tensor(sorted(taken), dtype=torch.float64)
@@ -289,6 +300,15 @@ class Measurer:
             row = rows[name]
             row |= {"seconds": min(taken), "quantiles": quantiles, "rounds": len(taken), "other_load": round(other, 3)}
             row |= machine.rates(row["operations"], row["moved"], min(taken), self.limits)
+
+
+@contextlib.contextmanager
+def _spending(row: Row) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        row["spent"] = round(row["spent"] + time.perf_counter() - started, 2)
 
 
 def seconds_text(seconds: float) -> str:

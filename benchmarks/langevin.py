@@ -3,8 +3,8 @@
 `add` is torch.add(x, grad, out=...): two reads and a write, what a step costs at the least. Peers draw noise of their
 own, so the oracle compares distributions: against the mean and variance of the clamped normal that each element has, a
 large state's slope and its residuals' deviation may differ by half a percent. Ours is compared with the published
-noise stream itself, in float64 and relative to the noise. The update is measured as JEM's loop and as the UvA
-tutorial's write it, too; the chain as JEM's (UvA's, noise first, ends in another law).
+noise stream itself, in float64 and relative to the noise; our chains with ones walked so. The update is measured as
+JEM's loop and as the UvA tutorial's write it, too; the chain as JEM's (UvA's, noise first, ends in another law).
 """
 
 import math
@@ -38,6 +38,13 @@ def works(scale: str) -> list[Work]:
         largest = SHAPES[scale][-1]
         found += [_step(largest, torch.bfloat16, "step"), _step(largest, torch.float32, "noise")]
     return found
+
+
+def growing(series: str, n: int) -> Work:
+    return _step((n, 3, 32, 32), torch.float32, "step")
+
+
+GROWING = {"step, images of 3x32x32": 64}
 
 
 def _step(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Work:
@@ -248,7 +255,7 @@ def _chain(size: str, shape: tuple[int, ...]) -> Work:
         f"chain of {STEPS} steps, {size} network, {'x'.join(map(str, shape))}",
         partial(_inputs, shape, torch.float32),
         {
-            "fastgen": partial(chain_fastgen, size),
+            "fastgen": Provider(partial(chain_fastgen, size), check=partial(exact_chain_error, size), tolerance=1e-4),
             "eager": partial(chain_eager, size),
             "eager, as JEM": partial(chain_jem, size),
             "torch.compile": partial(chain_compiled, size),
@@ -274,6 +281,21 @@ def _of_chain(size: str, inputs: Inputs) -> Tensor:
     """One float64 chain: others must end with its mean, deviation and likeness to the start."""
     torch.manual_seed(SEED + 1)
     return _loop(_energy(size, inputs[0]).double(), _update, inputs[0].double())
+
+
+def exact_chain_error(size: str, inputs: Inputs, result: Tensor) -> float:
+    """‖result − expected‖ / ‖expected‖ of the first chains, walked in float64 with our own noise."""
+    from fastgen.reference.langevin import normals
+
+    start = inputs[0][:8].double().cpu()
+    steps = iter(range(STEPS))
+
+    def update(x: Tensor, grad: Tensor) -> Tensor:
+        noise = normals(x[0].numel(), torch.arange(len(x)), 0, next(steps)).double().view(x.shape)
+        return (x - STEP_SIZE * (grad + x / PRIOR_SCALE**2) + NOISE_SCALE * noise).clamp(*CLAMP)
+
+    error = relative_error(result[: len(start)], _loop(_energy(size, start).double(), update, start))
+    return error if bool(result.isfinite().all()) else math.inf
 
 
 def chain_error(result: Tensor, expected: Tensor) -> float:

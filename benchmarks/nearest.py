@@ -41,6 +41,7 @@ CHUNK = 50_000
 CHECKED = 500  # queries that the oracle answers
 Inputs = tuple[Tensor, Tensor]
 Found = tuple[Tensor, Tensor]  # squared distances and rows, [N] each
+Expected = tuple[Tensor, Tensor, Tensor]  # queries [Q], their two least distances and rows, [Q, 2] each
 
 
 def works(scale: str) -> list[Work]:
@@ -57,7 +58,7 @@ def growing(series: str, n: int) -> Work:
     return replace(work, providers={name: one for name, one in work.providers.items() if name not in slow})
 
 
-GROWING = ("top-1",)
+GROWING = {"top-1, D = 64": 2048}
 
 
 def _work(n: int, m: int, d: int, scale: str = "full") -> Work:
@@ -148,7 +149,7 @@ def _ring_work(n: int, m: int, d: int) -> Work:
     return replace(
         _work(n, m, d),
         name=f"top-1 of {n} x {m} x {d}, a thread each",
-        providers={**nearest_ring.providers(), "eager": Provider(eager_alone, ("cpu",))},
+        providers={**nearest_ring.providers(), "eager": Provider(eager_alone, ("cpu",), apart=True)},
         series=nearest_ring.SERIES,
     )
 
@@ -184,35 +185,40 @@ def chunks(inputs: tuple[Tensor, int]) -> Iterator[Tensor]:
         yield block[: m - i * CHUNK] + shift
 
 
-def oracle(database: Callable[[Any], Any], inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Some queries, their winners' distances in float64 and rows, over the chunks that `database` yields."""
+def oracle(database: Callable[[Any], Any], inputs: Any) -> Expected:
+    """Some queries, the distances in float64 and the rows of the nearest two, over the chunks of `database`."""
     query = inputs[0]
     index = torch.linspace(0, len(query) - 1, min(CHECKED, len(query)), device=query.device).round().long()
     centre = query.double().mean(0)
     some = query[index].double() - centre
-    best = some.new_full((len(some),), float("inf"))
-    winner, first = index.new_zeros(len(some)), 0
+    best = some.new_full((len(some), 2), float("inf"))
+    winner, first = index.new_zeros(len(some), 2), 0
     for chunk in database(inputs):
         for rows in chunk.split(10_000):
             rows = rows.double() - centre
-            found = (rows.square().sum(1) - 2 * some @ rows.T).argmin(1)
-            distance = (some - rows[found]).square().sum(1)
-            winner = torch.where(distance < best, found + first, winner)
-            best = torch.minimum(best, distance)
+            near = (rows.square().sum(1) - 2 * some @ rows.T).topk(min(2, len(rows)), largest=False).indices
+            distance = torch.cat([best, (some[:, None] - rows[near]).square().sum(2)], 1)
+            best, order = (part[:, :2] for part in distance.sort(stable=True, dim=1))
+            winner = torch.cat([winner, near + first], 1).gather(1, order)
             first += len(rows)
     return index, best, winner
 
 
-def error(result: Found, expected: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The greatest relative error of a distance: a wrong winner counts with its own, and one cannot hide among many."""
-    index, want, _ = expected
-    got = result[0][index].double()
-    return float(((got - want).abs() / want).max()) if bool(result[0].isfinite().all()) else float("inf")
+def error(result: Found, expected: Expected) -> float:
+    """The greatest relative error of a distance, and of what a wrong row lies farther off at the least: one cannot hide
+    among many, nor behind the right distance."""
+    index, best, winner = expected
+    if not bool(result[0].isfinite().all()):
+        return float("inf")
+    want = best[:, 0]
+    off = (result[0][index].double() - want).abs()
+    farther = torch.where(result[1][index].long() == winner[:, 0], 0.0, best[:, 1] - want)
+    return float((torch.maximum(off, farther) / want).max())
 
 
-def facts(result: Found, expected: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+def facts(result: Found, expected: Expected) -> dict[str, Any]:
     index, _, winner = expected
-    return {"right": float((result[1][index].long() == winner).double().mean()), "checked": len(index)}
+    return {"right": float((result[1][index].long() == winner[:, 0]).double().mean()), "checked": len(index)}
 
 
 def _found(inputs: Inputs, index: Tensor) -> Found:

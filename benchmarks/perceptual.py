@@ -285,6 +285,9 @@ def _lpips_work(net: str, batch: int, pixels: int, compiled: bool = False) -> Wo
         "eager": _lpips_eager(net),
         "torch.compile": Provider(_lpips_eager(net, compiled="default"), DEVICES if compiled else ("cuda",)),
         "torch.compile, CUDA graph": Provider(_lpips_eager(net, compiled="reduce-overhead"), ("cuda",)),
+        "torch.compile, bf16": Provider(
+            _lpips_eager(net, torch.bfloat16, compiled="default"), ("cuda",), tolerance=0.1
+        ),
         "lpips": _lpips_package(net),
     }
     return Work(
@@ -499,7 +502,7 @@ def growing(series: str, n: int) -> Work:
     return _lpips_work("vgg", n, 64)
 
 
-GROWING = ("LPIPS-vgg, images of 64x64",)
+GROWING = {"LPIPS-vgg, images of 3x64x64": 4}
 
 
 def works(scale: str) -> list[Work]:

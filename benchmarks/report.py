@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, machine, nearest_ring, results
+from benchmarks import bars, growth, machine, nearest_ring, results
 from benchmarks.harness import Row, seconds_text
 
 FAMILIES = {
@@ -106,8 +106,8 @@ def headline(rows: list[Row]) -> list[str]:
             continue
         peer = results.best_peer(group)
         eager = next((r for r in group if r["provider"] == "eager" and "seconds" in r), None)
-        cells = [f"{family}: {work}", seconds_text(own["seconds"]) if "seconds" in own else f"**{own['status']}**"]
-        cells.append(f"{peer['provider']} {seconds_text(peer['seconds'])}" if peer else "")
+        cells = [f"{family}: {work}", results.time_text(own) if "seconds" in own else f"**{own['status']}**"]
+        cells.append(f"{peer['provider']} {results.time_text(peer)}" if peer else "")
         for other in (peer, eager):
             cells.append(f"{other['seconds'] / own['seconds']:.1f}×" if other and "seconds" in own else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -126,6 +126,8 @@ def markdown(content: dict[str, Any], drawn: list[tuple[str, str]], found: list[
     ]
     if found:
         parts += ["## Regressions", "", *(f"- {sentence}" for sentence in found), ""]
+    if asked := bars.text(content):
+        parts += ["## Bars", "", asked, ""]
     parts += ["## At a glance", "", *headline(rows), ""]
     parts += [line for title, file in drawn for line in (f"![{title}]({file})", "")]
     for family, title in FAMILIES.items():
@@ -140,6 +142,9 @@ def markdown(content: dict[str, Any], drawn: list[tuple[str, str]], found: list[
         parts += ["## A billion points, on paper", "", paper, ""]
     if content.get("largest"):
         parts += ["## The largest N that fits", "", growth.largest_text(content["largest"]), ""]
+    if spent := content.get("spent"):
+        took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in spent.items())
+        parts += [f"Measuring took {sum(spent.values()) / 60:.1f} minutes: {took}.", ""]
     return "\n".join(parts)
 
 

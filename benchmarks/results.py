@@ -54,6 +54,11 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
+def time_text(row: Row) -> str:
+    """Its time, and a word where others used the machine meanwhile."""
+    return seconds_text(row["seconds"]) + (" (busy)" if row.get("other_load", 0.0) > BUSY else "")
+
+
 def table(rows: list[Row]) -> str:
     """Rows as a Markdown table; the ratio is against fastgen: above 1× fastgen is faster."""
     head = ["work", "provider", "time", "20/50/80 %", "fastgen is", "extra memory", "of a copy", "of a matmul", "error"]
@@ -63,7 +68,7 @@ def table(rows: list[Row]) -> str:
         for row in group:
             cells = [work, row["provider"]]
             if row["status"] == "ok":
-                cells.append(seconds_text(row["seconds"]))
+                cells.append(time_text(row))
                 cells.append(" / ".join(seconds_text(q) for q in row["quantiles"]) if row["rounds"] > 1 else "once")
                 cells.append(f"{row['seconds'] / fastgen:.2f}×" if fastgen and row["provider"] != "fastgen" else "")
                 cells.append(bytes_text(row["peak_bytes"]) if row.get("peak_bytes") is not None else "")
@@ -86,5 +91,5 @@ def warning(rows: list[Row]) -> str:
         return ""
     return (
         f"Warning: other processes kept up to {max(busy):.1f} cores busy during {len(busy)} of {len(loads)} timings; "
-        "figures of such a run are too long by an unknown amount."
+        "these are too long by an unknown amount, and their ratios off either way."
     )

@@ -1,5 +1,6 @@
 """The harness: a wrong result gets no time, a missing peer is a row, and memory is the call's own."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,12 +60,14 @@ def measurer(harness: ModuleType, **more: Any) -> Any:
 
 
 def test_rows(harness: ModuleType) -> None:
-    rows = {r["provider"]: r for r in measurer(harness).measure(summing(harness))}
+    run = measurer(harness, memory=lambda work, provider: len(provider))
+    rows = {r["provider"]: r for r in run.measure(summing(harness))}
     statuses = dict.fromkeys(("fastgen", "eager"), "ok") | dict.fromkeys(("wrong", "nan", "infinite"), "wrong")
     statuses |= {"missing": "missing", "broken": "failed", "shape": "failed"}
     assert {name: row["status"] for name, row in rows.items()} == statuses
     assert rows["wrong"]["error"] == pytest.approx(0.01, rel=1e-3)
     assert all(("seconds" in row) == (row["status"] == "ok") for row in rows.values())
+    assert all(row.get("peak_bytes") == (len(name) if row["status"] == "ok" else None) for name, row in rows.items())
     own = rows["fastgen"]
     assert own["rounds"] == 4
     assert own["seconds"] <= own["quantiles"][0] <= own["quantiles"][1] <= own["quantiles"][2]
@@ -95,16 +98,42 @@ def test_rounds_are_interleaved_and_the_check_comes_first(harness: ModuleType) -
 
 def test_a_call_beyond_patience_is_skipped_and_says_so(harness: ModuleType) -> None:
     run = measurer(harness, patience=0.5)
-    run.rows = [
-        {"provider": "eager", "series": "sum", "operations": 10.0, "moved": 0.0, "status": "ok", "seconds": 0.01},
-        {"provider": "fastgen", "series": "sum", "operations": 10.0, "moved": 0.0, "status": "wrong"},
-    ]
+    of = {"series": "sum", "operations": 10.0, "moved": 0.0, "size": {"N": 10}}
+    run.rows = [of | {"provider": "eager", "status": "ok", "seconds": 0.01}]
+    run.rows.append(of | {"provider": "fastgen", "status": "wrong"})
     rows = {r["provider"]: r for r in run.measure(summing(harness))}
     assert rows["eager"]["status"] == "skipped"
     assert rows["eager"]["expected_seconds"] == pytest.approx(1.0)
     assert "seconds" not in rows["eager"]
     assert rows["fastgen"]["status"] == "ok"
     assert run.measure(summing(harness), ["fastgen"])[0]["provider"] == "fastgen"
+
+
+def test_what_is_expected_comes_from_the_same_dimension(harness: ModuleType) -> None:
+    """Distances of D coordinates need not cost D times those of one: N alone is scaled where it can be."""
+    of = {"provider": "eager", "series": "sum", "status": "ok", "moved": 0.0}
+    rows = [
+        of | {"size": {"N": 100, "D": 64}, "operations": 1e4, "seconds": 0.01},
+        of | {"size": {"N": 900, "D": 8}, "operations": 9e5, "seconds": 2.0},
+    ]
+    work = summing(harness, size={"N": 1000, "D": 64}, operations=1e6)
+    assert harness.expected_seconds(work, "eager", rows) == pytest.approx(1.0)
+    assert harness.expected_seconds(work, "eager", rows[1:]) == pytest.approx(2.0 * 10 / 9)
+    assert harness.expected_seconds(work, "fastgen", rows) == 0.0
+
+
+def test_a_long_warm_call_is_a_round(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    times = iter(range(0, 10_000, 2))  # each look at the clock comes two seconds after the one before
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(times))
+    work = summing(harness, providers={"slow": lambda x: lambda: (calls.append("call"), x.sum())[1]})
+    row = measurer(harness).measure(work)[0]
+    assert len(calls) == 3  # the check, the warm call, one round more
+    assert row["rounds"] == 2
+    calls.clear()
+    assert measurer(harness).measure(dataclasses.replace(work, once=True))[0]["rounds"] == 1
+    assert len(calls) == 2
+    assert row["spent"] > 0
 
 
 def tiny(family: str) -> Any:
@@ -153,6 +182,58 @@ def test_a_kernel_that_is_off_by_one_percent_gets_no_time(
     assert broken["eager"]["status"] == "ok"
 
 
+WORKS = {
+    "mmd": lambda of: of._imq(40, 50, 8, 2),
+    "mmd, Gaussian": lambda of: of._gaussian(40, 50, 8, 1),
+    "langevin, step": lambda of: of._step((16, 3, 8, 8), torch.float32, "step"),
+    "langevin, step in bf16": lambda of: of._step((256, 3, 32, 32), torch.bfloat16, "step"),
+    "langevin, noise": lambda of: of._step((16, 3, 8, 8), torch.float32, "noise"),
+    "langevin, chain": lambda of: of._chain("small", (8, 3, 32, 32)),
+    "perceptual, epilogue": lambda of: of._epilogue_work(1, 16, True),
+    "perceptual, LPIPS": lambda of: of._lpips_work("alex", 1, 64),
+    "perceptual, GLANN's loss": lambda of: of._glann_work(1, 32),
+    "perceptual, step": lambda of: of._step_work(2, 28),
+    "nearest": lambda of: of._work(60, 80, 5),
+    "nearest, streamed": lambda of: of._streamed_work(60, 80, 5),
+    "nearest, far off": lambda of: of._offset_work(60, 80, 5),
+    "nearest, masked": lambda of: of._masked_work(60, 80, 5),
+}
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_one_percent_of_any_part_is_refused(kind: str, harness: ModuleType) -> None:
+    """Of the value and of each gradient, whatever the family: by a share of all of it that a provider is off by."""
+    import importlib
+
+    work = WORKS[kind](importlib.import_module(f"benchmarks.{kind.split(',')[0]}"))
+    provider = work.provider("fastgen")
+
+    def off(part: int, inputs: Any) -> Callable[[], Any]:
+        run = provider.setup(inputs)
+
+        def wrong() -> Any:
+            result = run()
+            parts = [t.clone() for t in harness.tensors(result)]
+            parts[part] = parts[part] * 1.01
+            return tuple(parts) if isinstance(result, tuple) else parts[0]
+
+        return wrong
+
+    def status(setup: Callable[[Any], Any]) -> str:
+        changed = dataclasses.replace(work, providers={"fastgen": dataclasses.replace(provider, setup=setup)})
+        row = harness.Measurer(CPU, rounds=1, at_least=0.0).measure(changed)[0]
+        assert ("seconds" in row) == (row["status"] == "ok")
+        return str(row["status"])
+
+    inputs = work.inputs(CPU)
+    expected = work.oracle(inputs)
+    work = dataclasses.replace(work, oracle=lambda inputs: expected)
+    parts = [t for t in harness.tensors(provider.setup(inputs)()) if t.is_floating_point()]
+    assert status(provider.setup) == "ok"
+    for part in range(len(parts)):
+        assert status(lambda inputs, part=part: off(part, inputs)) == "wrong", part
+
+
 def test_a_small_part_of_a_step_that_is_off_is_seen(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """One percent of the noise, or of the step, is much less than one percent of the state."""
     right = F.langevin_step_
@@ -163,6 +244,27 @@ def test_a_small_part_of_a_step_that_is_off_is_seen(harness: ModuleType, monkeyp
 
         monkeypatch.setattr(F, "langevin_step_", off)
         assert measurer(harness).measure(tiny("langevin"), ["fastgen"])[0]["status"] == "wrong", name
+
+
+def test_a_wrong_row_does_not_hide_behind_the_right_distance(harness: ModuleType) -> None:
+    from benchmarks import nearest
+
+    work = nearest._work(60, 80, 5)
+    inputs = work.inputs(CPU)
+    distance, index = work.provider("fastgen").setup(inputs)()
+    order = torch.cdist(*(t.double() for t in inputs)).argsort(1)
+    assert torch.equal(order[:, 0], index)
+    expected = work.oracle(inputs)
+    for at in (range(60), range(59, 60)):
+        wrong = index.clone()
+        wrong[list(at)] = order[list(at), 1]
+        assert work.error((distance, index), expected) < 1e-6
+        assert work.error((distance, wrong), expected) > work.tolerance
+        assert work.facts((distance, wrong), expected)["right"] == pytest.approx(1 - len(at) / 60)
+    query = 100 * torch.eye(3, 5)
+    twins = query, torch.cat([query + 1, query + 1])  # the same distance twice: either is right
+    expected = nearest.oracle(lambda inputs: [inputs[1]], twins)
+    assert nearest.error((torch.full((3,), 5.0), torch.tensor([0, 4, 2])), expected) < 1e-6
 
 
 def test_moments_of_a_clipped_normal(harness: ModuleType) -> None:
@@ -224,7 +326,7 @@ def test_memory_server_and_another_version(harness: ModuleType) -> None:
     from benchmarks.base import Other
 
     with memory.server("quick") as server:
-        question = {"family": "nearest", "make": "top-1", "n": 2000, "timeout": 60}
+        question = {"family": "nearest", "make": "top-1, D = 64", "n": 2000, "timeout": 60}
         answer = server.ask(question | {"provider": "torch.cdist"})
         assert answer["inputs"] == 2 * 2000 * 64 * 4
         assert 2000 * 2000 * 4 * 0.9 < answer["bytes"] < 2000 * 2000 * 4 * 4
@@ -286,6 +388,10 @@ def test_every_family_lists_its_works(harness: ModuleType) -> None:
         (["--provider", "nobody"], "expected one of"),
         (["--work", "nothing"], "--work"),
         (["--resume"], "--out"),
+        (["--provider", "torch.compile, CUDA graph"], "expected one of"),
+        (["--seconds", "0"], "--seconds: expected more than 0"),
+        (["--patience", "-1"], "--patience: expected more than 0"),
+        (["--quick", "--out", "/dev/null/a.json"], "--out: expected a file that can be written"),
         (["--base", "no-such-ref", "--quick"], "git ref"),
     ],
 )
@@ -296,3 +402,31 @@ def test_command_line_refuses(arguments: list[str], says: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_what_a_resumed_run_keeps(harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import resumed
+
+    about = {"device": "a", "threads": 2, "commit": "c", "torch": "2"}
+    new: dict[str, Any] = {"machine": about, "scale": "full", "spent": {}, "rows": []}
+    old = new | {"rows": [{"work": "w"}], "spent": {"mmd": 1.0}, "test": {"done": {}}}
+    assert resumed(old, new) == {k: v for k, v in old.items() if k != "machine"}
+    assert capsys.readouterr().err == ""
+    assert resumed(old | {"scale": "quick"}, new) == {k: v for k, v in new.items() if k != "machine"} | {
+        "test": {"done": {}}
+    }
+    assert "scale quick" in capsys.readouterr().err
+    assert resumed(old | {"machine": about | {"commit": "d"}}, new) == {}
+    assert "commit d" in capsys.readouterr().err
+    assert resumed({"machine": about, "rows": []}, new) == {"rows": []}  # what a stage of `make gpu` wrote
+
+
+def test_interrupted(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import __main__ as command
+
+    def stopped(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", stopped)
+    assert command.main(["mmd"]) == 130
+    assert "--resume goes on" in capsys.readouterr().err

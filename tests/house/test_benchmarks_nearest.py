@@ -105,4 +105,4 @@ def test_rows_of_processes(ring: ModuleType) -> None:
     run = Measurer(CPU, rounds=2, at_least=0.0, memory=lambda work, provider: 1)
     rows = {r["provider"]: r for r in run.measure(nearest._ring_work(200, 300, 5), ["fastgen, 2 processes", "eager"])}
     assert {r["status"] for r in rows.values()} == {"ok"}
-    assert {name for name, r in rows.items() if "peak_bytes" in r} == {"eager"}
+    assert not any("peak_bytes" in r for r in rows.values())

@@ -1,6 +1,10 @@
 """Report and growth: the same files give the same bytes, regressions are named, the README says what was measured."""
 
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +56,67 @@ def test_the_same_file_gives_the_same_bytes(report: ModuleType, tmp_path: Path) 
     assert "Warning" not in text
 
 
+def test_the_report_of_the_committed_results_is_always_the_same(tmp_path: Path) -> None:
+    """Made by two processes that order their sets differently: text and pictures are equal byte for byte."""
+    made = []
+    for seed in "12":
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "report",
+            str(RESULTS / "cpu.json"),
+            "--out",
+            str(tmp_path / seed),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert done.returncode == 0, done.stderr
+        made.append({f.name: f.read_bytes() for f in (tmp_path / seed).iterdir()})
+    assert len(made[0]) == 5
+    assert made[0] == made[1]
+
+
+def test_bars(report: ModuleType) -> None:
+    from benchmarks import bars
+
+    work = "IMQ-7, 4096 x 4096 x 64, both gradients"
+    measured = content()
+    measured["rows"] = [
+        row(p, 4096, s, work=work) for p, s in (("fastgen", 0.1), ("eager", 7.9), ("torch.compile", 1.2))
+    ]
+    measured["rows"].append(row("fastgen", 9, 0.03, work=bars.STEP, family="langevin"))
+    measured["rows"].append(row("add", 9, 0.01, work=bars.STEP, family="langevin"))
+    lines = [line.split(" | ")[2:] for line in bars.text(measured).splitlines() if line.startswith("| ")][1:]
+    assert lines[:2] == [["torch.compile", "≥ 11×", "12.00×", "met |"], ["eager", "≥ 80×", "79.00×", "**not met** |"]]
+    assert lines[2] == ["the best peer", "≥ 25×", "", "not measured |"]
+    assert ["add", "≤ 2×", "3.00×", "**not met** |"] in lines
+    assert "## Bars" in report.markdown(measured, [], [])
+    measured["machine"]["type"] = "cuda"
+    copy = row("fastgen", 9, 0.01, work=bars.STEP, family="langevin", share_of_copy=0.91)
+    measured["rows"] = [copy, row("fastgen", 9, 1.6e-3, work=bars._imq(16_384, 64))]
+    lines = [line.split(" | ")[2:] for line in bars.text(measured).splitlines()]
+    assert ["a copy", "≥ 90%", "91.0%", "met |"] in lines
+    assert ["1 ms, the floor", "≥ 50%", "62.5%", "met |"] in lines
+    assert bars.text(content()) == ""  # none of its works
+
+
+def test_every_bar_is_of_works_and_providers_that_there_are(report: ModuleType) -> None:
+    from benchmarks import bars
+    from benchmarks.__main__ import works
+
+    for on, scale, device in ((bars.CPU, "full", "cpu"), (bars.GPU, "huge", "cuda")):
+        known = {(f, w.name): w.names(device) for f in report.FAMILIES for w in works(f, scale)}
+        of = [bar for bar in bars.BARS if bar.on == on]
+        assert len(of) >= 10
+        for bar in of:
+            names = known[bar.family, bar.work]
+            assert bar.own in names
+            assert bar.against in (*names, bars.BEST, *bars.SHARES)
+            assert bool(bar.asked) != bool(bar.most)
+
+
 def test_regressions_above_the_noise_are_named(
     report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +141,10 @@ def test_regressions_above_the_noise_are_named(
 def test_load_of_others_is_said(report: ModuleType) -> None:
     busy = content()
     busy["rows"][0]["other_load"] = 0.7
-    assert "up to 0.7 cores busy" in report.markdown(busy, [], [])
+    said = report.markdown(busy, [], [])
+    assert "up to 0.7 cores busy" in said
+    assert "| mmd: IMQ, N = 1000 | 1 ms (busy) | eager 30 ms | 30.0× |" in said
+    assert said.count("(busy)") == 2
 
 
 def test_the_readme_is_what_the_result_files_say(report: ModuleType) -> None:
@@ -120,23 +188,60 @@ def test_every_row_of_the_readme_is_a_work(report: ModuleType) -> None:
     assert {(family, work) for _, family, work in report.README_ROWS + report.README_GPU_ROWS} <= known
 
 
-def test_exponents_and_bisection(report: ModuleType) -> None:
+def test_exponents(report: ModuleType) -> None:
     from benchmarks import growth
 
     assert growth.exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
-    asked: list[int] = []
-
-    def fits(n: int) -> bool | str:
-        asked.append(n)
-        return n <= 5000 if n <= 9000 else "time"
-
-    found, ended = growth.bisect(fits)
-    assert 5000 / growth.PRECISION <= found <= 5000
-    assert ended == "memory"
-    assert len(asked) < 16
-    assert growth.bisect(lambda n: n <= 1000 or "time")[1] == "time"
-    assert growth.bisect(lambda n: True, most=4096) == (4096, "the end of the search")
-    assert growth.bisect(lambda n: False)[0] <= 1
     assert growth.size_of("1.5GiB") == 3 * 2**29
     with pytest.raises(ValueError, match="--memory"):
         growth.size_of("12")
+
+
+GROWTHS = {
+    "as N": lambda n: 40.0 * n,
+    "as N²": lambda n: 0.5 * n**2,
+    "with a constant": lambda n: 40_000.0 + 3 * n,
+    "by steps": lambda n: 65_536.0 * (1 + n // 4000),
+    "backwards at first": lambda n: 9000.0 if n < 500 else 2.0 * n,
+    "hardly": lambda n: 1.0,
+}
+
+
+@pytest.mark.parametrize("shape", GROWTHS)
+@pytest.mark.parametrize("first", [1, 256, 1 << 20])
+def test_the_largest_n_is_found(report: ModuleType, shape: str, first: int) -> None:
+    from benchmarks import growth
+
+    asked: list[int] = []
+
+    def peak(n: int) -> float:
+        asked.append(n)
+        return GROWTHS[shape](n)
+
+    most, limit = 1 << 22, 2.0**20
+    found, ended = growth.search(peak, limit, first, most)
+    assert peak(found) <= limit
+    if shape == "hardly":
+        assert found >= most / growth.PRECISION
+        assert ended == "the end of the search"
+    else:
+        assert ended == "memory"
+        assert peak(int(found * growth.PRECISION) + 1) > limit
+    assert len(asked) < 25
+    assert max(asked[:-2]) <= max(first, growth.STEP * found)
+
+
+def test_a_search_that_something_else_ends(report: ModuleType) -> None:
+    from benchmarks import growth
+
+    asked: list[int] = []
+
+    def slow(n: int) -> float | str:
+        asked.append(n)
+        return 8.0 * n if n <= 5000 else "time"
+
+    found, ended = growth.search(slow, 2**30, 100)
+    assert ended == "time"
+    assert 5000 / growth.STEP <= found <= 5000
+    assert growth.search(lambda n: math.inf, 2**30, 100) == (0, "memory")
+    assert growth.search(lambda n: 8.0 * n if n < 3000 else math.inf, 2**30, 100)[0] >= 2999 / growth.PRECISION

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgen.cli import main
+from fastgen.report import costs_table
 
 SMALL = [
     "--latent_dim=6",
@@ -53,6 +54,8 @@ def test_train_evaluate_sample(run: Path, tmp_path: Path, capsys: pytest.Capture
     report = (run / "report.md").read_text()
     assert "| mmd | w | 1 ms | 5 ms | 5.0× |" in report
     assert "| glo |" in report
+    assert "cores busy" not in report
+    assert "up to 0.8 cores busy" in costs_table([row | {"other_load": 0.8} for row in rows])
 
     assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "a.npy")]) == 0
     assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "b.npy")]) == 0
