@@ -158,7 +158,12 @@ def rows(families: list[str], workers: int, every: bool) -> list[dict[str, Any]]
     os.environ.pop("TRITON_INTERPRET", None)
     from fastgen.kernels import aot
 
-    tasks = [(family, i, every) for family in families for i in range(len(list(aot.specs((family,), every))))]
+    tasks = [
+        (family, i, every)
+        for family in families
+        for i, spec in enumerate(aot.specs((family,), every))
+        if "sm_90" not in spec.never
+    ]
     if workers == 1:
         return [analyse(*task) for task in tasks]
     context = multiprocessing.get_context("spawn")

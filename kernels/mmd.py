@@ -4,7 +4,7 @@
 of rows resident and streams columns past it (distance by a matrix product, kernel value and slope, a second product
 for the gradient); `_mmd_value_kernel` walks the upper triangle of tiles where no gradient is asked for. Each program
 writes its own float64 partial sum: no atomics, the same bits every time. What does not fit on chip, the gradient of
-more than 128 coordinates and the Hessian's product, is in mmd_slab.py.
+many coordinates and the Hessian's product, is in mmd_slab.py.
 
 In units u = d²/base a pair needs its norms − 2·product, or the product itself where the kernel is polynomial. Padding,
 and pairs that do not count, are at u = inf, where every kernel and its slope are 0.
@@ -33,71 +33,109 @@ def _reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _evaluate(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
-    """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN."""
+def _horner(x, parameters, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Σ parameters[FIRST + i] xⁱ, i < COUNT."""
+    total = parameters[FIRST + COUNT - 1]
+    for i in tl.static_range(1, COUNT):
+        total = total * x + parameters[FIRST + COUNT - 1 - i]
+    return total
+
+
+@triton.jit
+def _add_group(k, w, v, parameters, FIRST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr):
+    """IMQ's k and w with the terms of a group, whose polynomials are from FIRST on: Π t, Σ Π' t and Σ a Π' t², where
+    Π' leaves the term itself out."""
+    s = v * _reciprocal(_horner(v, parameters, FIRST, SIZE + 1), PTX)
+    k += s * _horner(v, parameters, FIRST + SIZE + 1, SIZE)
+    w += s * s * _horner(v, parameters, FIRST + 2 * SIZE + 1, 2 * SIZE - 1)
+    return k, w
+
+
+@triton.jit
+def _exponential(before, r, rate, SQUARINGS: tl.constexpr):
+    """2^(−rate·r), where so many SQUARINGS are made of the one before."""
+    if SQUARINGS == 0:
+        e = tl.exp2(-rate * r)
+    else:
+        e = before * before
+        for _ in tl.static_range(SQUARINGS - 1):
+            e *= e
+    return e
+
+
+@triton.jit
+def _power(x, alpha, PTX: tl.constexpr):
+    """(1 + x)^−α for x ≥ 0 and `alpha` = α/ln 2, and 1/(1 + x); inf and NaN give NaN. A large α multiplies what the
+    logarithm is off by: right to its last digit it has to be, for the least x too."""
+    t = 1.0 + x
+    shrink = _reciprocal(t, PTX)
+    # t = 2ⁿ (1 + f), f from −1/3 to 1/3. What rounding took from t, x − (t − 1), belongs to its logarithm.
+    bits = t.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    n = (exponent + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0  # the exponent, as a number
+    p = 0.14026251 * f - 0.15388555
+    p = p * f + 0.13995828
+    p = p * f - 0.16415957
+    p = p * f + 0.20011167
+    p = p * f - 0.25007820
+    p = p * f + 0.33333197
+    p = p * f - 0.49999937
+    log = n * 0.69314718 + ((x - (t - 1.0)) * shrink + (p * (f * f) + f))
+    return tl.exp2(-alpha * log), shrink
+
+
+@triton.jit
+def _evaluate(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
+    """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN. `mmd_launch.in_units` makes parameters
+    and FORM, which says how the terms of a sum hang together."""
     if KIND == IMQ_PAIRS:
         # v = 1/(1 + u), z = v − v²:  k = v + Σ (2v + bz)/(1 + bz),  w = v² (1 + 2R + (1 − 4z) S),
-        # R = Σ 1/(1 + bz), S = Σ b/(1 + bz)²; the three reciprocals come out of one.
-        b1 = parameters[0]
-        b2 = parameters[1]
-        b3 = parameters[2]
+        # R = Σ 1/(1 + bz), S = Σ b/(1 + bz)², all over their common denominator: polynomials in z, no coefficient < 0.
         v = _reciprocal(1.0 + u, PTX)
         vv = v * v
         z = v - vv
-        q1 = 1.0 + b1 * z
-        q2 = 1.0 + b2 * z
-        q3 = 1.0 + b3 * z
-        q12 = q1 * q2
-        r = _reciprocal(q12 * q3, PTX)
-        r3 = r * q3
-        i1 = r3 * q2
-        i2 = r3 * q1
-        i3 = r * q12
-        g = 1.0 + 2.0 * (i1 + i2 + i3)
-        j1 = b1 * i1
-        j2 = b2 * i2
-        j3 = b3 * i3
-        k = v * g + z * (j1 + j2 + j3)
-        w = vv * (g + (1.0 - 4.0 * z) * (j1 * i1 + j2 * i2 + j3 * i3))
+        r = _reciprocal(_horner(z, parameters, 0, 4), PTX)
+        g = 1.0 + r * _horner(z, parameters, 4, 3)
+        k = v * g + (z * r) * _horner(z, parameters, 7, 3)
+        w = vv * (g + ((1.0 - 4.0 * z) * (r * r)) * _horner(z, parameters, 10, 5))
     elif KIND == IMQ:
-        k = tl.zeros_like(u)
-        w = tl.zeros_like(u)
-        for s in tl.static_range(len(parameters)):
-            q = _reciprocal(1.0 + parameters[s] * u, PTX)
-            k += q
-            w += parameters[s] * q * q
+        # Of the least scale v = 1/(1 + u); of another, with a < 1, v/t, t = a + (1 − a)v, where nothing overflows. The
+        # terms of a group have a common denominator: polynomials in v, none of whose coefficients is below zero.
+        v = _reciprocal(1.0 + u, PTX)
+        k = v
+        w = v * v
+        for group in tl.static_range(len(FORM) - 1):
+            k, w = _add_group(k, w, v, parameters, 4 * FORM[group], FORM[group + 1] - FORM[group], PTX)
     elif KIND == RATIONAL_QUADRATIC:
-        # With u = d²/2ℓ²: Σ t^−α and Σ t^−(α+1), t = 1 + u/α; the α come first, then their reciprocals.
+        # With u = d²/2ℓ²: Σ t^−α and Σ t^−(α+1), t = 1 + u/α; the α/ln 2 come first, then the 1/α.
         k = tl.zeros_like(u)
         w = tl.zeros_like(u)
         count: tl.constexpr = len(parameters) // 2
         for s in tl.static_range(count):
-            t = 1.0 + parameters[count + s] * u
-            e = tl.exp2(-parameters[s] * tl.log2(t))
+            e, shrink = _power(parameters[count + s] * u, parameters[s], PTX)
             k += e
-            w += e * _reciprocal(t, PTX)
-    elif KIND == RBF:
-        k = tl.zeros_like(u)
-        w = tl.zeros_like(u)
-        for s in tl.static_range(len(parameters)):
-            e = tl.exp2(-parameters[s] * u)
-            k += e
-            w += parameters[s] * e
+            w += e * shrink
+        dead = u == float("inf")
+        k = tl.where(dead, 0.0, k)
+        w = tl.where(dead, 0.0, w)
     elif KIND < POLYNOMIAL:
+        r = tl.sqrt(u) if KIND != RBF else u
         # Of r = √u, whose slope 1/2r is taken for 0 at r = 0.
-        r = tl.sqrt(u)
-        half = tl.where(r == 0.0, 0.0, 0.5 * _reciprocal(r, PTX))
+        half = tl.where(r == 0.0, 0.0, 0.5 * _reciprocal(r, PTX)) if KIND != RBF else 1.0
         if KIND == ENERGY:
             k = tl.where(u == float("inf"), 0.0, -r)
             w = half
         else:
             k = tl.zeros_like(u)
             w = tl.zeros_like(u)
+            e = k
             for s in tl.static_range(len(parameters)):
-                e = tl.exp2(-parameters[s] * r)
+                e = _exponential(e, r, parameters[s], FORM[s])
                 k += e
                 w += parameters[s] * e
-            w *= half
+            if KIND == LAPLACIAN:
+                w *= half
     else:
         dead = u == float("inf")
         power = tl.where(dead, 0.0, 1.0)
@@ -263,6 +301,7 @@ def _mmd_grad_kernel(
     gradient_scale,
     parameters,
     KIND: tl.constexpr,
+    FORM: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     TERMS: tl.constexpr,
     BOTH: tl.constexpr,
@@ -299,7 +338,7 @@ def _mmd_grad_kernel(
         u = _distances(
             product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
         )
-        k, w = _evaluate(u, parameters, KIND, PTX)
+        k, w = _evaluate(u, parameters, KIND, FORM, PTX)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + item * padded + start + column)[None, :]
             k *= weight
@@ -343,6 +382,7 @@ def _mmd_value_kernel(
     partials,
     parameters,
     KIND: tl.constexpr,
+    FORM: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -381,7 +421,7 @@ def _mmd_value_kernel(
         u = _distances(
             product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
         )
-        k, _ = _evaluate(u, parameters, KIND, PTX)
+        k, _ = _evaluate(u, parameters, KIND, FORM, PTX)
         if weight_ptr is not None:
             k *= tl.load(weight_ptr + item * padded + start + column)[None, :]
         # A tile against itself meets each of its pairs twice.

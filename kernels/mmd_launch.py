@@ -1,12 +1,14 @@
 """How the MMD kernels are launched: which points they take, their blocks, the slabs of what does not fit on chip."""
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from fastgen.kernels import tuned
-from fastgen.kernels.aot import Spec
+from fastgen.kernels.aot import TARGETS, Spec
 from torch import Tensor
 
 ROWS = 128  # BLOCK_M of every configuration: each set is padded to whole tiles of it
@@ -17,8 +19,20 @@ LARGEST_BATCH = 65535  # of CUDA's second grid axis
 LARGEST_DEGREE = 16  # the power is made of as many multiplications
 ROOTED = ("laplacian", "energy")
 COSTLY = ("rational_quadratic", *ROOTED)  # kernels that need more registers than WAE's seven scales do
+GROUP = 4  # IMQ terms that share a reciprocal
+LEAST_PRODUCT = 1e-9
 FINITE = 3.4028234663852886e38
 XX, YY, XY = 1, 2, 4
+# What is compiled ahead of time: of scales that are no pairs seven too, the ladders of `F.RBF` and `F.Laplacian`.
+LISTED: dict[str, tuple[float, ...]] = {
+    "imq_pairs": (),
+    "imq": (0.1, 0.2, 0.4, 1.0, 2.0, 5.0, 10.0),
+    "rbf": (1.0, 4.0, 16.0, 64.0, 256.0),
+    "rational_quadratic": (1.0, 0.2, 0.5, 1.0, 2.0, 5.0),
+    "laplacian": (1.0, 2.0, 4.0, 8.0, 16.0),
+    "energy": (),
+    "polynomial": (3.0, 1.0, 1.0),
+}
 
 
 def fits(x: Tensor, kind: str, parameters: Sequence[float], second: bool = False) -> bool:
@@ -30,47 +44,122 @@ def fits(x: Tensor, kind: str, parameters: Sequence[float], second: bool = False
     return kind != "polynomial" or parameters[0] <= LARGEST_DEGREE
 
 
-def resident(kind: str, precision: str, tensor_memory: bool) -> int:
-    """Coordinates up to which rows and their gradient stay on chip: in registers, or where Blackwell keeps what tensor
-    cores add up."""
-    if tensor_memory:
-        return 32 if precision == "bf16x6" else 64
-    return 64 if kind in COSTLY else 128
+def generation(x: Tensor) -> str:
+    """Which of the targets of `aot` decides: registers of Ampere and of small Blackwells hold what is multiplied too,
+    large ones keep what tensor cores add up in a memory of its own; everything else is launched as Hopper is."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return "sm_90"
+    major = torch.cuda.get_device_capability()[0]
+    return "sm_80" if major in (8, 12) else "sm_100" if major in (10, 11) else "sm_90"
 
 
-def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3") -> dict[str, int]:
+def resident(kind: str, precision: str, on: str) -> int:
+    """Coordinates up to which rows and their gradient stay on chip."""
+    if on == "sm_100":
+        return 32 if precision in ("bf16x6", "tf32x3") else 64
+    return 64 if kind in COSTLY or on == "sm_80" else 128
+
+
+def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3", on: str = "sm_90") -> dict[str, int]:
     """Blocks, num_warps and num_stages of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or "bend", which is
     `_mmd_slope_kernel` for the Hessian. What was searched for was searched with WAE's kernel in the default precision:
     what needs more registers or shared memory might not run with it."""
     narrow = {"BLOCK_M": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    if kernel == "bend" or (kind == "rational_quadratic" and kernel in ("value", "slope")):
+    if kernel == "bend":
+        return {**narrow, "BLOCK_N": 16} if on == "sm_80" else narrow
+    if kind == "rational_quadratic" and kernel in ("value", "slope"):
         return narrow
     if kernel == "pull":
         return {**narrow, "BLOCK_N": min(dp, 64), "BLOCK_K": 32}
     searched = kind not in COSTLY and precision == "bf16x3"
     if searched and (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
         return {"BLOCK_M": ROWS, **found}
+    if kernel == "grad" and precision == "tf32x3" and on == "sm_80":
+        return {**narrow, "BLOCK_N": 16}
+    if kernel != "grad" and precision in ("tf32x3", "bf16x6") and on == "sm_80":
+        return {**narrow, "BLOCK_N": 16} if 64 < dp <= 128 else narrow
     return narrow if kernel == "grad" or 64 < dp <= 128 else {**narrow, "BLOCK_N": 64}
 
 
+@functools.lru_cache(maxsize=256)
 def in_units(
-    kind: str, parameters: Sequence[float], pairs: tuple[float, float, float, float] | None
-) -> tuple[str, float, tuple[float, ...], float]:
-    """Kernel, base, parameters in units of u = d²/base, and what the kernel's slope still has to be multiplied by."""
+    kind: str, parameters: tuple[float, ...], pairs: tuple[float, float, float, float] | None, second: bool = False
+) -> tuple[str, float, tuple[float, ...], tuple[int, ...], float]:
+    """Kernel, base, parameters in units of u = d²/base, how their terms hang together (FORM), and what the kernel's
+    slope still has to be multiplied by; `second` for the Hessian too."""
     if kind == "imq" and pairs is not None:
-        return "imq_pairs", pairs[0], pairs[1:], 1.0
+        return "imq_pairs", pairs[0], _of_pairs(pairs[1:]), (), 1.0
     if kind == "rational_quadratic":
         lengthscale, *alphas = parameters
-        return kind, 2 * lengthscale**2, (*alphas, *(1 / a for a in alphas)), 1.0
+        return kind, 2 * lengthscale**2, (*(a / math.log(2) for a in alphas), *(1 / a for a in alphas)), (), 1.0
     if kind == "energy":
-        return kind, 1.0, (0.0,), 1.0
+        return kind, 1.0, (0.0,), (), 1.0
     if kind == "polynomial":  # of the product of points times √γ; a square's own derivative is not there to double
-        return kind, 1 / parameters[1], (float(parameters[2]),), 0.5
-    middle = sorted(parameters)[len(parameters) // 2]
+        return kind, 1 / parameters[1], (float(parameters[2]),), (), 0.5
+    ordered = sorted(parameters)
     if kind == "imq":
-        return "imq", middle, tuple(middle / c for c in parameters), 1.0
+        return "imq", ordered[0], *_of_groups([ordered[0] / c for c in ordered[1:]], second), 1.0
+    middle = ordered[len(ordered) // 2]
     rate = math.log(2) / middle
-    return kind, rate if kind == "rbf" else rate**2, tuple(g / middle for g in parameters), math.log(2)
+    rates = tuple(g / middle for g in ordered)
+    return kind, rate if kind == "rbf" else rate**2, rates, _squarings(ordered), math.log(2)
+
+
+def _product_of(factors: Iterable[Sequence[float]]) -> list[float]:
+    """A product of polynomials, each by its coefficients from the constant on."""
+    product = [1.0]
+    for factor in factors:
+        found = [0.0] * (len(product) + len(factor) - 1)
+        for i, a in enumerate(product):
+            for j, b in enumerate(factor):
+                found[i + j] += a * b
+        product = found
+    return product
+
+
+def _sum_of(scale: Sequence[float], factors: Sequence[Sequence[float]], power: int) -> list[float]:
+    """Σ_i scale_i Π_{j≠i} factor_j^power."""
+    others = [_product_of([f for j, f in enumerate(factors) if j != i] * power) for i in range(len(factors))]
+    return [sum(s * c for s, c in zip(scale, column, strict=True)) for column in zip(*others, strict=True)]
+
+
+def _of_pairs(b: Sequence[float]) -> tuple[float, ...]:
+    """With q_b = 1 + bz: Π q, 2 Σ Π' q, Σ b Π' q and Σ b Π' q², as polynomials in z."""
+    q = [(1.0, each) for each in b]
+    two = [2.0] * len(q)
+    return (*_product_of(q), *_sum_of(two, q, 1), *_sum_of(b, q, 1), *_sum_of(b, q, 2))
+
+
+def _of_groups(a: Sequence[float], second: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The polynomials of groups of IMQ terms, each a list; and the place in `a` where each group begins, and the end.
+    Of `GROUP` terms at most, and of a product whose cube still is a number in float32."""
+    groups: list[list[float]] = []
+    largest = -(-len(a) // -(-len(a) // GROUP)) if a else 0  # 3 + 3 before 4 + 2
+    for each in a:
+        if groups and len(groups[-1]) < largest and math.prod(groups[-1]) * each > LEAST_PRODUCT:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    found: list[float] = []
+    bends: list[float] = []
+    for group in groups:
+        t = [(each, 1 - each) for each in group]
+        found += [*_product_of(t), *_sum_of([1.0] * len(t), t, 1), *_sum_of(group, t, 2)]
+        bends += _sum_of([2 * each**2 for each in group], t, 3)
+    ends = (0, *itertools.accumulate(len(group) for group in groups))
+    return (*found, *bends * second), ends
+
+
+def _squarings(rates: Sequence[float]) -> tuple[int, ...]:
+    """How often each exponential is that of the rate before squared, 0 where it is made anew: twice in a row at most,
+    since each squaring doubles the relative error."""
+    found: list[int] = []
+    row = 0
+    for before, rate in zip((math.inf, *rates), rates, strict=False):
+        steps = next((s for s in (1, 2) if math.isclose(rate, before * 2**s, rel_tol=1e-12)), 0)
+        row = row + steps if steps and row + steps <= 2 else 0
+        found.append(steps if row else 0)
+    return tuple(found)
 
 
 class _Packed:
@@ -88,6 +177,7 @@ class _Packed:
         x_weight: Tensor | None,
         y_weight: Tensor | None,
         coefficients: Tensor | None,
+        second: bool = False,
     ) -> None:
         from fastgen.kernels import mmd as kernels
 
@@ -100,9 +190,9 @@ class _Packed:
         self.kind, self.precision = kind, precision
         if kind in ROOTED and precision in ("tf32", "bf16x3"):
             self.precision = "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
-        blackwell = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability()[0] in (10, 11)
-        self.deep = self.d > resident(kind, self.precision, blackwell)
-        name, base, self.parameters, slope = in_units(kind, parameters, pairs)
+        self.on = generation(x)
+        self.deep = self.d > resident(kind, self.precision, self.on)
+        name, base, self.parameters, form, slope = in_units(kind, tuple(parameters), pairs, second)
         self.inner = kind == "polynomial"
         self.scale = base**-0.5
         self.gradient_scale = 4 * slope * self.scale
@@ -110,6 +200,7 @@ class _Packed:
         degree = int(parameters[0]) if self.inner else 1
         self.options = {
             "KIND": kernels.KINDS[name] + degree - 1,
+            "FORM": form,
             "ESTIMATOR": kernels.ESTIMATORS[estimator],
             "DP": self.dp,
             "PRECISION": self.precision,
@@ -186,7 +277,7 @@ class _Packed:
 
         v, along = directions if directions is not None else (None, None)
         scratch = [self.z.new_empty(self.items, *self.slab) for _ in range(1 if v is None else 2)]
-        blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind, self.precision)
+        blocks_slope = blocks("slope" if v is None else "bend", self.dp, self.kind, self.precision, self.on)
         blocks_pull = blocks("pull", self.dp)
         for side, result in enumerate(out):
             for row, rows, column, columns in self.slabs(side, terms):
@@ -274,7 +365,7 @@ def mmd(
         sizes = (packed.n, packed.m, packed.d, packed.padded_n, packed.padded)
         total = 0
         if graded and packed.deep:
-            slots = packed.slab[1] // blocks("slope", packed.dp, kind, packed.precision)["BLOCK_N"]
+            slots = packed.slab[1] // blocks("slope", packed.dp, kind, packed.precision, packed.on)["BLOCK_N"]
             of_slabs = x.new_zeros(packed.items, graded, slots, dtype=torch.float64)
             packed.through_slabs(gradients, terms, None, of_slabs)
             total = of_slabs.sum((1, 2))
@@ -291,7 +382,7 @@ def mmd(
                 TERMS=terms,
                 BOTH=sides == 2,
                 **packed.options,
-                **blocks("grad", packed.dp, kind, packed.precision),
+                **blocks("grad", packed.dp, kind, packed.precision, packed.on),
             )
         if graded < last:
             kernels._mmd_value_kernel[(last - graded, packed.items)](
@@ -304,7 +395,7 @@ def mmd(
                 TERMS=terms,
                 DC=CHUNK if packed.deep else packed.dp,
                 **packed.options,
-                **blocks("value", packed.dp, kind, packed.precision),
+                **blocks("value", packed.dp, kind, packed.precision, packed.on),
             )
         total = total + partial.sum(-1)
         if estimator == "biased" and kind not in ("energy", "polynomial"):
@@ -340,7 +431,7 @@ def hessian_product(
         hx, hy = zip(*found, strict=True)
         return torch.cat(hx), hy[0] if vy is None else torch.cat(hy)
     with torch.cuda.device_of(x):
-        packed = _Packed(x, y, precision, None, kind, parameters, estimator, x_weight, y_weight, coefficients)
+        packed = _Packed(x, y, precision, None, kind, parameters, estimator, x_weight, y_weight, coefficients, True)
         v = torch.empty_like(packed.z)
         packed.pack(vx, torch.zeros_like(y) if vy is None else vy, v, None, FINITE, False)
         out = [p.new_zeros(p.shape, dtype=torch.float32) for p in ((x,) if vy is None else (x, y))]
@@ -378,7 +469,7 @@ def specs() -> list[Spec]:
     listed = []
 
     def add(name: str, kernel: Any, constants: dict[str, Any], more: dict[str, Any], never: Any = ()) -> None:
-        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+        warps, stages = constants["num_warps"], constants["num_stages"]
         known = {**types, **more}
         signature = {a: "constexpr" if a in constants else known.get(a, "constexpr") for a in kernel.arg_names}
         constants = {a: v for a, v in constants.items() if a in kernel.arg_names}
@@ -394,61 +485,71 @@ def specs() -> list[Spec]:
         "pull": slab_kernels._mmd_pull_kernel,
     }
 
-    def launch(stage: str, name: str, count: int, dp: int, precision: str = "bf16x3", weighted: bool = False) -> None:
+    def launch(stage: str, name: str, dp: int, precision: str = "bf16x3", weighted: bool = False) -> None:
         degree = 3 if name == "polynomial" else 1
-        # Where Blackwell takes slabs, and a precision that AMD does not have.
-        never = ("sm_100",) * (stage == "grad" and dp > resident(name, precision, True))
-        never += ("gfx942",) * (precision == "tf32x3")
-        deep = dp > resident(name, precision, False)
-        constants = {
-            "KIND": kernels.KINDS[name] + degree - 1,
-            "ESTIMATOR": 0,
-            "TERMS": XX | YY | XY,
-            "BOTH": False,
-            "INNER": name == "polynomial",
-            "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
-            "DP": dp,
-            "PRECISION": precision,
-            **blocks(stage, dp, name, precision),
-        }
-        if not weighted:
-            constants |= absent
-        if stage == "slope":
-            constants |= dict.fromkeys(("v_ptr", "along_ptr"))
-        if stage == "bend":
-            constants |= {"partial_ptr": None}
+        pairs = (1.0, 8.1, 3.2, 0.5) if name == "imq_pairs" else None
+        *_, parameters, form, _ = in_units(name.removesuffix("_pairs"), LISTED[name], pairs, stage == "bend")
         title = f"{stage} {name} D={dp} {precision}{' weighted' * weighted}"
-        add(title, by_stage[stage], constants, {"parameters": ("fp32",) * count}, never)
+        more = {"parameters": ("fp32",) * len(parameters)}
+
+        def on(target: str) -> dict[str, Any] | None:
+            """The constants there; None where it takes slabs instead."""
+            deep = dp > resident(name, precision, target)
+            if stage == "grad" and deep:
+                return None
+            constants = {
+                "KIND": kernels.KINDS[name] + degree - 1,
+                "FORM": form,
+                "ESTIMATOR": 0,
+                "TERMS": XX | YY | XY,
+                "BOTH": False,
+                "INNER": name == "polynomial",
+                "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
+                "DP": dp,
+                "PRECISION": precision,
+                **blocks(stage, dp, name, precision, target),
+            }
+            if not weighted:
+                constants |= absent
+            if stage == "slope":
+                constants |= dict.fromkeys(("v_ptr", "along_ptr"))
+            if stage == "bend":
+                constants |= {"partial_ptr": None}
+            return constants
+
+        usual = on("sm_90")
+        assert usual is not None
+        different = [target for target in ("sm_80", "sm_100") if on(target) != usual]
+        lacking = ["gfx942"] * (precision == "tf32x3")  # a precision that AMD does not have
+        add(title, by_stage[stage], usual, more, (*different, *lacking))
+        for target in different:
+            if (constants := on(target)) is not None:
+                rest = tuple(other for other in TARGETS if other != target)
+                add(f"{title} {target}", by_stage[stage], constants, more, rest)
 
     for precision in ("bf16x3", "tf32x3", "tf32", "ieee", "bf16x6"):
         for stage in ("grad", "value"):
-            launch(stage, "imq_pairs", 3, 64, precision)
+            launch(stage, "imq_pairs", 64, precision)
     for stage in ("slope", "pull"):
-        launch(stage, "imq_pairs", 3, 512)
+        launch(stage, "imq_pairs", 512)
     for dtype in ("fp32", "bf16"):
         constants = {"CENTRED": True, "BLOCK": ROWS, "DC": 64, "DP": 64, "num_warps": 4, "num_stages": 2}
         add(f"pack {dtype}", kernels._mmd_pack_kernel, constants, dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"))
     for stage in ("grad", "value"):
         for dp in (16, 32, 128):
-            launch(stage, "imq_pairs", 3, dp)
-        launch(stage, "imq_pairs", 3, 64, weighted=True)
-        for name, count, precision in (
-            ("imq", 3, "bf16x3"),
-            ("rbf", 5, "bf16x3"),
-            ("rational_quadratic", 10, "bf16x3"),
-            ("laplacian", 5, "bf16x6"),
-            ("energy", 1, "bf16x6"),
-            ("polynomial", 1, "bf16x3"),
-        ):
-            launch(stage, name, count, 64, precision)
-    for name, count in (("rational_quadratic", 10), ("polynomial", 1)):
-        launch("slope", name, count, 512)
-    for stage in ("slope", "value"):
-        launch(stage, "laplacian", 5, 128, "bf16x6")
-    launch("pull", "laplacian", 5, 128, "bf16x6")
-    launch("value", "imq_pairs", 3, 512)
-    for name, count in (("imq", 7), ("rbf", 5), ("rational_quadratic", 10), ("polynomial", 1)):
-        launch("bend", name, count, 64)
-    launch("bend", "imq", 7, 512, weighted=True)
-    launch("pull", "imq", 7, 16)
+            launch(stage, "imq_pairs", dp)
+        launch(stage, "imq_pairs", 64, weighted=True)
+        for name in ("imq", "rbf", "rational_quadratic", "polynomial"):
+            launch(stage, name, 64)
+        for name in ROOTED:
+            launch(stage, name, 64, "bf16x6")
+    for name in ("rational_quadratic", "polynomial"):
+        launch("slope", name, 512)
+    for stage in ("slope", "value", "pull"):
+        launch(stage, "laplacian", 128, "bf16x6")
+    launch("value", "imq_pairs", 512)
+    for name in ("imq", "rbf", "rational_quadratic", "polynomial"):
+        launch("bend", name, 64)
+    launch("bend", "imq", 512, weighted=True)
+    launch("pull", "imq", 16)
     return listed

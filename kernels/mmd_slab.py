@@ -19,28 +19,49 @@ from fastgen.kernels.mmd import (
     _distances,
     _evaluate,
     _excluded,
+    _exponential,
+    _horner,
+    _power,
     _product,
     _reciprocal,
 )
 
 
 @triton.jit
-def _bend(u, parameters, KIND: tl.constexpr, PTX: tl.constexpr):
-    """d²k/du²; inf gives 0, NaN gives NaN."""
+def _add_bend(c, v, parameters, FIRST: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr):
+    """IMQ's d²k/du² with the terms of a group: Π t is from FIRST on, Σ 2a² Π' t³ from LAST on."""
+    s = v * _reciprocal(_horner(v, parameters, FIRST, SIZE + 1), PTX)
+    return c + s * s * (s * _horner(v, parameters, LAST, 3 * SIZE - 2))
+
+
+@triton.jit
+def _bend(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
+    """d²k/du²; inf gives 0, NaN gives NaN. What `_evaluate` has made is not made again."""
     c = tl.zeros_like(u)
     if KIND == IMQ:
-        for s in tl.static_range(len(parameters)):
-            q = _reciprocal(1.0 + parameters[s] * u, PTX)
-            c += q * q * q * (2.0 * parameters[s] * parameters[s])
+        v = _reciprocal(1.0 + u, PTX)
+        c = 2.0 * v * v * v
+        for group in tl.static_range(len(FORM) - 1):
+            c = _add_bend(
+                c,
+                v,
+                parameters,
+                4 * FORM[group],
+                4 * FORM[len(FORM) - 1] + 3 * FORM[group] - 2 * group,
+                FORM[group + 1] - FORM[group],
+                PTX,
+            )
     elif KIND == RBF:
+        e = c
         for s in tl.static_range(len(parameters)):
-            c += tl.exp2(-parameters[s] * u) * (parameters[s] * parameters[s])
+            e = _exponential(e, u, parameters[s], FORM[s])
+            c += e * (parameters[s] * parameters[s])
     elif KIND == RATIONAL_QUADRATIC:
         count: tl.constexpr = len(parameters) // 2
         for s in tl.static_range(count):
-            t = 1.0 + parameters[count + s] * u
-            q = _reciprocal(t, PTX)
-            c += (1.0 + parameters[count + s]) * tl.exp2(-parameters[s] * tl.log2(t)) * q * q
+            e, shrink = _power(parameters[count + s] * u, parameters[s], PTX)
+            c += (1.0 + parameters[count + s]) * e * shrink * shrink
+        c = tl.where(u == float("inf"), 0.0, c)
     elif KIND > POLYNOMIAL:
         c += (KIND - POLYNOMIAL + 1) * (KIND - POLYNOMIAL)
         for _ in tl.static_range(KIND - POLYNOMIAL - 1):
@@ -73,6 +94,7 @@ def _mmd_slope_kernel(
     bend_scale,
     parameters,
     KIND: tl.constexpr,
+    FORM: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     BOTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,7 +119,7 @@ def _mmd_slope_kernel(
     product = _product(z_ptr, row_start, z_ptr, start, product, DP, DC, BLOCK_M, BLOCK_N, PRECISION)
     shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
     u = _distances(product, norm, z_ptr, norm_ptr, row_start, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N)
-    k, w = _evaluate(u, parameters, KIND, PTX)
+    k, w = _evaluate(u, parameters, KIND, FORM, PTX)
     a_xx, a_yy, a_xy = _coefficients(coefficients_ptr, item, n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
     factor = tl.where(same, a_same, -a_xy).to(tl.float32)
@@ -116,7 +138,7 @@ def _mmd_slope_kernel(
         crossed = _product(z_ptr, row_start, v_ptr, start, crossed, DP, DC, BLOCK_M, BLOCK_N, PRECISION)
         if KIND < POLYNOMIAL:
             crossed -= tl.load(along_ptr + row_start + row)[:, None] + tl.load(along_ptr + start + column)[None, :]
-        bend = _bend(u, parameters, KIND, PTX) * crossed * (bend_scale * factor)
+        bend = _bend(u, parameters, KIND, FORM, PTX) * crossed * (bend_scale * factor)
         if weight_ptr is not None:
             bend *= weight
         tl.store(bend_ptr + slab + cell, bend)
