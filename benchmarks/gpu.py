@@ -267,10 +267,16 @@ def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:
 
 
 def _never(family: str, name: str) -> bool:
-    """Whether the spec of that name is one that the launcher never chooses on this GPU."""
+    """Whether the launcher chooses no spec of that name on this GPU."""
+    return bool(name) and not list(_here(family, name))
+
+
+def _here(family: str, name: str) -> Iterator[Any]:
+    """The spec of that name on this GPU, which may have one of its own."""
     from fastgen.kernels import aot
 
-    return any(spec.name == name and target() in spec.never for spec in aot.specs((family,), True))
+    names = (name, f"{name} {target()}")
+    return (spec for spec in aot.specs((family,), True) if spec.name in names and target() not in spec.never)
 
 
 def _refused(family: str, name: str) -> str | None:
@@ -279,7 +285,7 @@ def _refused(family: str, name: str) -> str | None:
 
     if not name or target() not in aot.TARGETS:
         return None
-    spec = next((s for s in aot.specs((family,), True) if s.name == name), None)
+    spec = next(_here(family, name), None)
     if spec is None:
         return None
     try:

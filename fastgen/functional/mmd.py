@@ -19,7 +19,7 @@ from fastgen.functional.mmd_kernels import (
     RationalQuadratic,
     resolve,
 )
-from fastgen.functional.mmd_weights import check_weight, taken_out, weighted
+from fastgen.functional.mmd_weights import check_weight, differentiable, taken_out, weighted
 from fastgen.ops import mmd as ops
 
 __all__ = [
@@ -114,6 +114,52 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
         raise NotImplementedError(
             "fastgen mmd: third-order gradients are not built; what works: first and second order in x and y"
+        )
+
+
+class _WeightedMMD(torch.autograd.Function):
+    """MMD² as a function of the points, the weights p and q that sum to one, and the coefficients of its three sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, p: Tensor, q: Tensor, coefficients: Tensor, options: Options, terms: int
+    ) -> Tensor:
+        for_x, for_y = ctx.needs_input_grad[:2]
+        given = (*options, p, q, coefficients, terms)
+        gx = gy = None
+        if for_x and for_y:
+            value, gx, gy = ops.call(2, x, y, given)
+        elif for_y:
+            value, gy = ops.call(1, y, x, _swapped(given))
+        else:
+            value, *rest = ops.call(int(for_x), x, y, given)
+            gx = rest[0] if rest else None
+        ctx.save_for_backward(x, y, p, q, coefficients, gx, gy)
+        ctx.options, ctx.terms = options, terms
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "fastgen mmd: second-order gradients with weights that have one are not built; what works: first "
+                "order, or x_weight.detach() and y_weight.detach()"
+            )
+        x, y, p, q, a, gx, gy = ctx.saved_tensors
+        kind, parameters, estimator, _ = ctx.options
+        xx, xy, yx, yy = ops.row_sums(x, y, kind, parameters, estimator, p, q)  # Σ_j of the kernel and the weight of j
+        a_xx, a_yy, a_xy = (a * upstream.double()[..., None])[..., None].unbind(-2)
+        p_gradient = 2 * (a_xx * xx - a_xy * xy)
+        q_gradient = 2 * (a_yy * yy - a_xy * yx) if ctx.terms & 2 else -2 * a_xy * yx
+        sums = [(p * xx).sum(-1), (q * yy).sum(-1), -2 * (p * xy).sum(-1)]
+        a_gradient = torch.stack(sums, -1) * upstream.double()[..., None]
+        return (
+            *_scaled(upstream, x.dtype, gx, gy),
+            p_gradient.to(p.dtype),
+            q_gradient.to(q.dtype),
+            a_gradient,
+            None,
+            None,
         )
 
 
@@ -212,7 +258,9 @@ def mmd(
             "biased": a_xx = a_yy = a_xy = 1; "unbiased": a_xx = 1/(1 − Σp²), a_yy = 1/(1 − Σq²), a_xy = 1, the mean
             over pairs i ≠ j drawn with these weights; "u_statistic": a_xy = 1/(1 − Σpq) too. Equal weights give the
             unweighted value; a weight of zero takes the point out; all the weight on one point leaves "unbiased"
-            without a pair, NaN. Weights are constants: those that require a gradient raise.
+            without a pair, NaN. They may require gradients (once, and at the reference's speed), which see the
+            division by the sum: along the weights themselves nothing changes. Points of weight zero then do move the
+            common centre.
         precision: how the GPU makes its inner products, in Triton's terms: "ieee", "bf16x6", "tf32x3", "bf16x3",
             "tf32". The CPU, and float64, always work in full precision.
         group: a torch.distributed process group whose processes' x, and y, together are the two samples (shards of any
@@ -229,7 +277,7 @@ def mmd(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; fewer than two points
             where i ≠ j asks for two; weights that are negative or sum to zero (on a GPU and in a compiled graph, where
             nothing waits for the data: NaN).
-        NotImplementedError: an option that is not built yet; weights that require a gradient.
+        NotImplementedError: an option that is not built yet; weights that require a gradient, with `group`.
 
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
@@ -241,7 +289,7 @@ def mmd(
         on the CPU and in O((N + M)·D) memory everywhere. On a GPU float64 points, degrees beyond 16 and second
         derivatives of the Laplacian and energy kernels run on blocked matrix products, in full precision; these two
         take "bf16x6" products where "bf16x3" or "tf32" is asked for, and pairs closer than an eighth of their distance
-        from the centre get their distance from differences. Gradients that do not fit on chip (D > 128, there or
+        from the centre get their distance from differences. Gradients that do not fit on chip (D > 128 or 64, there or
         elsewhere) go through 64 MiB of memory, second derivatives through twice that; more than 1024 batch items take
         64 KiB each.
 
@@ -276,6 +324,9 @@ def compute(
         return grouped(checked, x_weight, y_weight, group)
     x, y, options = _checked(*given)
     terms = ops.ALL if y_term is None else ops.ALL & ~2
+    if differentiable(x_weight) or differentiable(y_weight):
+        of_weights: Tensor = _WeightedMMD.apply(x, y, *weighted(x, y, x_weight, y_weight, estimator), options, terms)
+        return of_weights if y_term is None else of_weights + y_term
     if x_weight is not None or y_weight is not None:
         options = (*options, *weighted(x, y, x_weight, y_weight, estimator), terms)
     elif y_term is not None:
@@ -317,7 +368,7 @@ def _checked(
         raise ValueError(f"x: expected at least 1 coordinate, got shape {list(x.shape)}")
     for name, weight, points_name, points in (("x_weight", x_weight, "x", x), ("y_weight", y_weight, "y", y)):
         if weight is not None:
-            check_weight(name, weight, points_name, points)
+            check_weight(name, weight, points_name, points, shards)
     kind, parameters = chosen._op(x.shape[-1])
     return taken_out(x, x_weight), taken_out(y, y_weight), (kind, parameters, estimator, precision)
 

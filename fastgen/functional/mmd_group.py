@@ -34,8 +34,17 @@ def grouped(
         raise checked
     x, y, options = checked
     counts = _counts(x, y, options, use_of_weights, group)
+    x, y = _emptied(x, x_weight, y), _emptied(y, y_weight, x)
     result: Tensor = _Grouped.apply(x, y, (*options, x_weight, y_weight, group, counts))
     return result
+
+
+def _emptied(points: Tensor, weight: Tensor | None, others: Tensor) -> Tensor:
+    """A shard without any weight counts for nothing: it is moved onto a point of the other sample, as `taken_out` does
+    with points of a shard that has some."""
+    if weight is None:
+        return points
+    return torch.where((weight != 0).any(-1)[..., None, None], points, others[..., :1, :].detach())
 
 
 class _Grouped(torch.autograd.Function):

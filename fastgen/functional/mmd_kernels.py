@@ -1,4 +1,5 @@
-"""The kernels of the maximum mean discrepancy, as users name them; positive parameters are from 1e-100 to 1e100."""
+"""The kernels of the maximum mean discrepancy, as users name them; positive parameters are from 1e-100 to 1e100, those
+of one sum within a factor of 1e12."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fastgen import check
+
+APART = 1e12  # beyond, the points of the one scale are all equal or all out of reach in another's float32
 
 
 def _scale(name: str, value: Any) -> None:
@@ -22,6 +25,8 @@ def _positive(kernel: Any, name: str) -> None:
         raise ValueError(f"{name}: expected at least one number, got none")
     for v in values:
         _scale(name, v)
+    if max(values) > APART * min(values):
+        raise ValueError(f"{name}: expected numbers within a factor of {APART:g}, got {min(values)} and {max(values)}")
     object.__setattr__(kernel, name, tuple(values))  # a list could be changed, and has no hash
 
 
@@ -120,7 +125,7 @@ class RationalQuadratic:
     """k(x, y) = Σ_α (1 + ‖x − y‖² / (2α·lengthscale²))^−α, summed over `alphas`.
 
     Args:
-        alphas: positive exponents, those of MMD GANs by default.
+        alphas: positive exponents up to 1e12, those of MMD GANs by default.
         lengthscale: positive, in units of distance.
 
     Source: Bińkowski et al., Demystifying MMD GANs (2018), section 4 and its `mix_rq_kernel` (lengthscale 1).
@@ -131,6 +136,8 @@ class RationalQuadratic:
 
     def __post_init__(self) -> None:
         _positive(self, "alphas")
+        for alpha in self.alphas:
+            check.number("alphas", alpha, above=0, least=1 / APART, most=APART)
         _scale("lengthscale", self.lengthscale)
 
     def _op(self, d: int) -> tuple[str, list[float]]:

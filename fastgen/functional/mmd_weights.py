@@ -10,28 +10,33 @@ from fastgen import check
 from fastgen.ops import mmd as ops
 
 
-def check_weight(name: str, weight: Any, points_name: str, points: Tensor) -> Tensor:
-    """The weights, [N] or [B, N], as they are."""
+def check_weight(name: str, weight: Any, points_name: str, points: Tensor, shard: bool = False) -> Tensor:
+    """The weights, [N] or [B, N], as they are; those of a `shard` may all be zero."""
     check.tensor(name, weight, ndim=(1, 2))
     if weight.shape not in (points.shape[-2:-1], points.shape[:-1]):
         expected = " or ".join(dict.fromkeys(str(list(s)) for s in (points.shape[-2:-1], points.shape[:-1])))
         raise ValueError(f"{name}: expected shape {expected} to go with {points_name}, got {list(weight.shape)}")
     if weight.device != points.device:
         raise ValueError(f"{name}: expected the device of {points_name}, {points.device}, got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"{name}: gradients in weights are not built yet; what works: {name}.detach()")
+    if shard and differentiable(weight):
+        raise NotImplementedError(f"{name}: gradients in weights are not built with group=; what works: group=None")
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         # On a GPU, and in a compiled graph, looking would wait for the device or break the graph: NaN tells there.
         if bool((weight < 0).any()):
             raise ValueError(f"{name}: expected no negative weight, got {float(weight.min())}")
-        if bool((weight.sum(-1) == 0).any()):
+        if not shard and bool((weight.sum(-1) == 0).any()):
             raise ValueError(f"{name}: expected weights that do not sum to zero")
     return weight
 
 
+def differentiable(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+
+
 def taken_out(points: Tensor, weight: Tensor | None) -> Tensor:
-    """Points of no weight moved onto one that has some: wherever they lie, they do not move the common centre."""
-    if weight is None:
+    """Points of no weight moved onto one that has some: wherever they lie, they do not move the common centre. Where
+    the weights have a gradient they stay: what a point would change if it had a weight is of where it lies."""
+    if weight is None or differentiable(weight):
         return points
     weight = weight.detach().expand(points.shape[:-1])
     kept = torch.take_along_dim(points.detach(), weight.argmax(-1, keepdim=True)[..., None], dim=-2)
@@ -42,15 +47,21 @@ def weighted(
     x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, estimator: str, group: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p and q, the weights made to sum to one, [N] or [B, N] and [M] or [B, M], and the coefficients of XX, YY and XY,
-    [3] or [B, 3] float64; NaN where there are none. With a group its processes' points together are the samples."""
+    [3] or [B, 3] float64; NaN where there are none. With a group its processes' points together are the samples.
+    Differentiable in the weights."""
     p, q = (
         points.new_ones(points.shape[:-1], dtype=torch.float64)
         if weight is None
-        else weight.detach().double().expand(points.shape[:-1])
+        else weight.double().expand(points.shape[:-1])
         for points, weight in ((x, x_weight), (y, y_weight))
     )
     p, q = (torch.where(w >= 0, w, float("nan")) for w in (p, q))
-    p, q = _divided(p, q, _of_all(torch.stack([p.amax(-1), q.amax(-1)]), group, "max"))  # sums cannot overflow then
+    most = _of_all(torch.stack([p.detach().amax(-1), q.detach().amax(-1)]), group, "max")
+    if group is not None and not most.is_cuda:  # of its shards: on a GPU looking would wait for the device
+        for name, greatest in zip(("x_weight", "y_weight"), most, strict=True):
+            if bool((greatest == 0).any()):
+                raise ValueError(f"{name}: expected weights that do not sum to zero over the processes")
+    p, q = _divided(p, q, most)  # sums cannot overflow then
     p, q = _divided(p, q, _of_all(torch.stack([p.sum(-1), q.sum(-1)]), group))
     # What is left of the weights' product once the pairs i = i are out: nothing, if one point has all the weight.
     left = torch.ones((3, *p.shape[:-1]), dtype=torch.float64, device=x.device)

@@ -20,7 +20,8 @@ class MMDLoss(nn.Module):
         cache_y: keep the sum over y's own pairs from call to call, for as long as y (and y_weight) are the same tensor
             objects at the same version: real data or a prior's draws that serve many steps. Any in-place change through
             torch drops it; a change that torch does not count (through `.data`, NumPy or shared memory) goes unseen. A
-            y that requires a gradient and calls in a compiled graph are computed whole. The value is equal to rounding.
+            y or y_weight that requires a gradient and calls in a compiled graph are computed whole. The value is equal
+            to rounding.
 
     Shapes:
         x [N, D] or [B, N, D], y [M, D] or [B, M, D], x_weight and y_weight as `fastgen.functional.mmd` -> [] or [B].

@@ -1,5 +1,6 @@
-"""fastgen::mmd_value, mmd_value_grad_x and mmd_value_grad: MMD², and with it the unit gradients of the points; and
-fastgen::mmd_hessian_product, how those gradients change along given directions.
+"""fastgen::mmd_value, mmd_value_grad_x and mmd_value_grad: MMD², and with it the unit gradients of the points;
+fastgen::mmd_hessian_product, how those gradients change along given directions; and fastgen::mmd_row_sums, what
+gradients in weights are made of.
 
 Three ops of fixed arity: only the side that needs a gradient is paid for. A gradient in y alone is mmd_value_grad_x of
 the swapped arguments. Points are [N, D] or [B, N, D]; values and gradients come in float64 for float64 points, else in
@@ -31,6 +32,11 @@ torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIO
 torch.library.define("fastgen::mmd_value_grad", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "fastgen::mmd_hessian_product", f"(Tensor x, Tensor y, Tensor vx, Tensor? vy, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "fastgen::mmd_row_sums",
+    "(Tensor x, Tensor y, str kind, float[] parameters, str estimator, Tensor x_weight, Tensor y_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -163,6 +169,13 @@ def _hessian_product(
     return reference.hessian_product(x, y, vx, vy, options)
 
 
+def _row_sums(
+    x: Tensor, y: Tensor, kind: str, parameters: Any, estimator: str, x_weight: Tensor, y_weight: Tensor
+) -> tuple[Tensor, ...]:
+    # Blocked matrix products everywhere: weights are learnt less often than points.
+    return reference.row_sums(x, y, reference.Options(kind, parameters, estimator, x_weight, y_weight))
+
+
 def _vmap(*_: object) -> NoReturn:
     # Torch's own fallback would lose the gradient of what is differentiated outside the vmap, without a word.
     raise NotImplementedError("fastgen mmd: vmap is not built; what works: points of shape [B, N, D]")
@@ -173,6 +186,7 @@ for _name, _kernel in (
     ("value_grad_x", _value_grad_x),
     ("value_grad", _value_grad),
     ("hessian_product", _hessian_product),
+    ("row_sums", _row_sums),
 ):
     for _device in ("CPU", "CUDA"):
         torch.library.impl(f"fastgen::mmd_{_name}", _device)(_kernel)
@@ -205,10 +219,16 @@ def _hessian_product_fake(
     return _like(x, x.shape), _like(y, [0] if vy is None else y.shape)
 
 
+@torch.library.register_fake("fastgen::mmd_row_sums")
+def _row_sums_fake(x: Tensor, y: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    return tuple(p.new_empty(p.shape[:-1], dtype=torch.float64) for p in (x, x, y, y))
+
+
 value = torch.ops.fastgen.mmd_value.default
 value_grad_x = torch.ops.fastgen.mmd_value_grad_x.default
 value_grad = torch.ops.fastgen.mmd_value_grad.default
 hessian_product = torch.ops.fastgen.mmd_hessian_product.default
+row_sums = torch.ops.fastgen.mmd_row_sums.default
 
 
 def call(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -154,6 +154,27 @@ def hessian_product(x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, options
     )
 
 
+def row_sums(x: Tensor, y: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σⱼ pⱼ k(xᵢ, xⱼ), Σⱼ qⱼ k(xᵢ, yⱼ), Σᵢ pᵢ k(xᵢ, yⱼ) and Σᵢ qᵢ k(yᵢ, yⱼ) over the pairs that the estimator counts,
+    in float64; both weights are given."""
+    with torch.autocast(x.device.type, enabled=False):
+        problem = _Problem(x, y, options)
+        a, b, p, q = problem.x, problem.y, problem.p, problem.q
+        assert p is not None
+        assert q is not None
+        found = [w.new_zeros(w.shape, dtype=torch.float64) for w in (p, p, q, q)]
+        for out, points, weight, which in ((found[0], a, p, XX), (found[3], b, q, YY)):
+            for rows, (k,) in _blocks(points, points, None, weight, problem, options, which, 0):
+                out[:, rows] = k.sum(2, dtype=torch.float64)
+        for rows, (k,) in _blocks(a, b, None, None, problem, options, XY, 0):
+            found[1][:, rows] = (k * q[:, None, :]).sum(2, dtype=torch.float64)
+            found[2] += (k * p[:, rows, None]).sum(1, dtype=torch.float64)
+    xx, xy, yx, yy = (
+        out.reshape(shape) for out, shape in zip(found, (*[x.shape[:-1]] * 2, *[y.shape[:-1]] * 2), strict=True)
+    )
+    return xx, xy, yx, yy
+
+
 def _blocks(
     a: Tensor,
     b: Tensor,

@@ -51,6 +51,7 @@ def work(rank: int, world: int, folder: str) -> None:
             wrong = torch.zeros(5 + rank, 5 if bad.get("estimator") else 3 + rank, dtype=torch.float64)
             with pytest.raises(ValueError, match="on every process"):
                 F.mmd(wrong, wrong[:4], group=dist.group.WORLD, **bad)
+        torch.manual_seed(0)
         good, weight = torch.randn(6, 3), torch.rand(6) + 0.1
         for wrong_there, error, says in (
             ({"x_weight": -weight}, ValueError, "x_weight: expected no negative weight"),
@@ -70,6 +71,26 @@ def work(rank: int, world: int, folder: str) -> None:
             ValueError, match="group: expected the same kernel, estimator and precision on every process"
         ):
             F.mmd(good, good, kernel=F.RBF((1.0 + rank,)), group=dist.group.WORLD)
+        learnt = weight.clone().requires_grad_(rank == 1)
+        error, says = (
+            (NotImplementedError, "x_weight: gradients in") if rank == 1 else (ValueError, "group: expected good")
+        )
+        with pytest.raises(error, match=says):
+            F.mmd(good, good, x_weight=learnt, group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="y_weight: expected weights that do not sum to zero over the processes"):
+            F.mmd(good, good, y_weight=torch.zeros(6), group=dist.group.WORLD)
+        # A shard of padding, far away or no number, without any weight: as if it were not there.
+        own = good + rank
+        padded = own if rank == 0 else torch.full_like(good, float("nan") if rank == 1 else 1e6)
+        padded = padded.clone().requires_grad_()
+        weight_there = weight if rank == 0 else torch.zeros(6)
+        value = F.mmd(padded, own, x_weight=weight_there, group=dist.group.WORLD)
+        value.backward()
+        alone = good.clone().requires_grad_()
+        whole = F.mmd(alone, torch.cat([good + other for other in range(world)]), x_weight=weight)
+        whole.backward()
+        assert abs(float(value.detach() - whole.detach())) < 1e-6
+        assert torch.allclose(padded.grad, alone.grad if rank == 0 else torch.zeros(6, 3), rtol=1e-4, atol=1e-7)
         weight[2] = float("nan") if rank == 1 else 1.0
         assert F.mmd(good, good, x_weight=weight, group=dist.group.WORLD).isnan()
     torch.save(found, f"{folder}/{world}-{rank}.pt")

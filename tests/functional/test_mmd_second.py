@@ -45,7 +45,14 @@ def test_hessian_products(name: str, estimator: str, run: str, oracle: ModuleTyp
         with backend.force(run):
             value = F.mmd(a, b, kernel=KERNELS[name], estimator=estimator, x_weight=p, y_weight=q)
             got = products(a, b, value, vx.to(dtype), vy.to(dtype))
-        for g, w in zip(got, want, strict=True):
+            value = F.mmd(a.detach(), b, kernel=KERNELS[name], estimator=estimator, x_weight=p, y_weight=q)
+            (gradient,) = torch.autograd.grad(value, b, create_graph=True)
+            (alone,) = torch.autograd.grad(gradient, b, vy.to(dtype))
+        c = y.double().requires_grad_()
+        value = oracle.value(x.double(), c, kind, tuple(parameters), estimator, p, q)
+        (gradient,) = torch.autograd.grad(value, c, create_graph=True)
+        want = (*want, *torch.autograd.grad(gradient, c, vy.double(), materialize_grads=True))
+        for g, w in zip((*got, alone), want, strict=True):
             assert g.dtype == dtype
             # The energy kernel has no curvature in one dimension: there only rounding is left to compare.
             relative, absolute = (1e-10, 1e-13) if dtype == torch.float64 else (3e-4, 1e-6)

@@ -145,3 +145,74 @@ def test_weights_of_any_size() -> None:
         weight = torch.tensor([1.0, tiny, tiny, tiny, tiny, tiny], dtype=torch.float64)
         k[i] = F.mmd(x, y, x_weight=weight)
     assert abs(float(k[0] - k[1])) < 1e-6
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_in_weights(name: str, estimator: str, run: str, oracle: ModuleType) -> None:
+    """Of either side, alone or with the points', in a batch and of a point without weight; far from the origin too."""
+    kind, parameters = KERNELS[name]._op(5)
+    for dtype, shift, batch in ((torch.float64, 0, ()), (torch.float32, 0, (2,)), (torch.float32, 100, ())):
+        if shift and kind == "polynomial":  # which is not of differences
+            continue
+        n, m = 33, 33 if estimator == "u_statistic" else 50
+        x = torch.randn(*batch, n, 5).to(dtype) / 5**0.5 + shift
+        y = torch.randn(*batch, m, 5).to(dtype) * (1.3 / 5**0.5) + (0.1 + shift)
+        p, q = torch.rand(*batch, n, dtype=dtype) + 0.1, torch.rand(m, dtype=dtype) + 0.1
+        p[..., 1] = 0
+        leaves = [t.double().clone().requires_grad_() for t in (x, y, p, q)]
+        value = oracle.value(*leaves[:2], kind, tuple(parameters), estimator, *leaves[2:])
+        wanted = torch.autograd.grad(value.sum(), leaves)
+        for asked in ((0, 1, 2, 3), (2,), (3,), (1, 2)):
+            given = [t.clone().requires_grad_(i in asked) for i, t in enumerate((x, y, p, q))]
+            with backend.force(run):
+                got = F.mmd(*given[:2], kernel=KERNELS[name], estimator=estimator, x_weight=given[2], y_weight=given[3])
+                assert got.dtype == dtype
+                gradients = torch.autograd.grad(got.sum() * -2, [given[i] for i in asked])
+            assert ((got.detach().double() - value.detach()).abs() <= (1e-12 if dtype == torch.float64 else 5e-6)).all()
+            for i, gradient in zip(asked, gradients, strict=True):
+                assert gradient.dtype == dtype
+                error = (gradient.double() / -2 - wanted[i]).norm()
+                assert error <= (1e-11 if dtype == torch.float64 else 1e-4) * wanted[i].norm(), (asked, i, dtype, shift)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+def test_gradcheck_of_weights(estimator: str) -> None:
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    # One has most of the weight: what is left of it is a sum of the others.
+    p, q = torch.rand(5, dtype=torch.float64) + 0.1, torch.tensor([9.0, 1, 2, 0.5, 0.1], dtype=torch.float64)
+
+    def loss(*given: Tensor) -> Tensor:
+        return F.mmd(*given[:2], estimator=estimator, x_weight=given[2], y_weight=given[3])
+
+    leaves = [t.requires_grad_() for t in (x, y, p, q)]
+    assert torch.autograd.gradcheck(loss, leaves)
+    (first,) = torch.autograd.grad(loss(*leaves), p)
+    assert abs(float(first @ p)) < 1e-14  # weights times a number are the same weights
+    with pytest.raises(NotImplementedError, match="second-order gradients with weights that have one are not built"):
+        torch.autograd.grad(loss(*leaves), p, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*TF32.*")
+def test_gradients_in_weights_compiled() -> None:
+    torch._dynamo.reset()
+    x, y = torch.randn(9, 3), torch.randn(8, 3)
+    gradients = []
+    for function in (F.mmd, torch.compile(F.mmd, fullgraph=True, backend="aot_eager")):
+        w = torch.linspace(0.1, 1, 9).requires_grad_()
+        gradients.append(torch.autograd.grad(function(x, y, x_weight=w), w)[0])
+    assert torch.allclose(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_are_learnt() -> None:
+    """Of points drawn too far to one side, those weights come out that undo it."""
+    x = torch.randn(200, 1, dtype=torch.float64) + 1
+    y = torch.randn(300, 1, dtype=torch.float64)
+    logits = torch.zeros(200, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], 0.1)
+    for _ in range(100):
+        optimiser.zero_grad()
+        F.mmd(x, y, estimator="biased", x_weight=logits.softmax(0)).backward()
+        optimiser.step()
+    assert abs(float(logits.detach().softmax(0) @ x - y.mean())) < 0.1 < abs(float(x.mean() - y.mean()))

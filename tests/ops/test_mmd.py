@@ -39,6 +39,7 @@ def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.value_grad, (x, y, *options, *weights))
     for vy in (None, y):
         torch.library.opcheck(ops.hessian_product, (x, y, x, vy, *options, *weights))
+    torch.library.opcheck(ops.row_sums, (x, y, *options[:3], *weights[:2]))
 
 
 def test_fakes_give_shapes_and_dtypes() -> None:
@@ -52,7 +53,13 @@ def test_fakes_give_shapes_and_dtypes() -> None:
 def test_the_reference_never_holds_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(300, 5, dtype=torch.float64), torch.randn(200, 5, dtype=torch.float64)
     options = reference.Options("rbf", [0.3, 0.1], "unbiased")
-    whole = (*reference.value_grad(x, y, options), *reference.hessian_product(x, y, x, y, options))
+    weighted = options._replace(x_weight=torch.rand(300).double(), y_weight=torch.rand(200).double())
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        of_points = *reference.value_grad(x, y, options), *reference.hessian_product(x, y, x, y, options)
+        return *of_points, *reference.row_sums(x, y, weighted)
+
+    whole = everything()
     largest = 0
     kernel = reference._kernel
 
@@ -63,7 +70,7 @@ def test_the_reference_never_holds_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(reference, "_kernel", watched)
     monkeypatch.setattr(reference, "BLOCK", 1000)
-    blocked = (*reference.value_grad(x, y, options), *reference.hessian_product(x, y, x, y, options))
+    blocked = everything()
     assert largest <= 1000
     for a, b in zip(whole, blocked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
