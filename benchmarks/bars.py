@@ -67,6 +67,7 @@ BARS = [
     Bar("langevin", STEP, "eager", 18),
     Bar("langevin", STEP, "add", most=2),
     Bar("perceptual", "LPIPS from VGG features, 4x128x128, contiguous", "eager", 8),
+    Bar("perceptual", "LPIPS-vgg, 2x3x64x64, gradient to one image", "eager", 1.8),
     Bar("nearest", "top-1 of 10000 x 10000 x 64", "faiss", 2.2),
     Bar("nearest", "top-1 of 10000 x 10000 x 784", "faiss", 1.5),
     Bar("nearest", RING, "fastgen", 1.7, own="fastgen, 2 processes"),

@@ -26,7 +26,7 @@ SHAPES = {
     "full": [(64, 3, 32, 32), (256, 3, 32, 32), (1024, 3, 64, 64)],
     "huge": [(16, 3, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (1024, 3, 64, 64), (4096, 3, 64, 64)],
 }
-CHAINS = {"demo": ["small"], "quick": ["small"], "full": ["small", "mid-size"], "huge": ["small", "mid-size"]}
+CHAINS = {"demo": ["small"], "quick": ["small"], "full": ["small"], "huge": ["small", "mid-size"]}
 Inputs = tuple[Tensor, Tensor]
 Moments = tuple[Tensor, Tensor]  # of each element: its mean and its variance
 

@@ -519,13 +519,14 @@ def works(scale: str) -> list[Work]:
     found = [
         *(_epilogue_work(4, size, False, compiled=size == 128) for size in (64, 128, 256)),
         _epilogue_work(4, 128, True, compiled=huge),
-        *(_lpips_work(net, 2, size, compiled=huge) for net in NETS for size in (64, 128)),
-        *(_lpips_work(net, 1, 256, compiled=huge) for net in NETS),
+        *(_lpips_work(net, 2, 64, compiled=huge) for net in NETS),
+        _lpips_work("vgg", 1, 256, compiled=huge),
         _glann_work(4, 64),
         _step_work(64, 28),
     ]
     if huge:
         found += [_epilogue_work(4, size, True) for size in (64, 256)] + [_glann_work(16, 32)]
-        found += [_lpips_work(net, 2, 256) for net in NETS]
+        found += [_lpips_work(net, 2, size, compiled=True) for net in NETS for size in (128, 256)]
+        found += [_lpips_work("alex", 1, 256, compiled=True)]
         found += [_step_work(64, 32), _epilogue_work(16, 256, False), _lpips_work("vgg", 16, 256)]
     return found
