@@ -13,6 +13,10 @@
 //
 // A rejection radius sets a second limit, `near`: rows with keys at or below it may lie within the radius, so that all of
 // them are measured whatever the first limit says, and none of them lowers it before it is measured.
+//
+// Few queries do not pay for packing the database. They read it once as it is, and their keys are the bits of a float32
+// distance, summed straightforwardly from (q − b)²: floats that are not negative are ordered as their bits are, and the
+// sum's error is relative, which in bits is one number. What follows is the same.
 #include "nearest.h"
 
 #include <algorithm>
@@ -72,6 +76,14 @@ constexpr int64_t PANEL_BYTES = 384 << 10;  // of the database at a time: within
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::min(), ALWAYS = std::numeric_limits<int32_t>::max() - 1;
 constexpr double STEPS = 32700;  // the largest norm in units of its scale: 1.5·STEPS² < 2^31, every coordinate < 2^15
 constexpr int64_t BUCKETS = 64;
+constexpr float TINY = 0x1p-100f;  // below it a sum may have lost whole squares
+constexpr int32_t INFINITE = 0x7f800000;
+
+int32_t bits(float x) {
+    int32_t same;
+    std::memcpy(&same, &x, sizeof same);
+    return same;
+}
 
 int thread_number() {
 #ifdef _OPENMP
@@ -108,10 +120,10 @@ struct Candidate {
 struct Group {
     const NearestProblem& problem;
     const int64_t* query_rows = nullptr;
-    const Database* database = nullptr;
     int64_t size = 0, capacity;
+    int32_t least = NEVER;  // of a limit
     Aligned<int32_t> packed, limit, near;
-    Aligned<double> error, unit, norm;  // E, 2st and ‖q'‖² of each query
+    Aligned<double> error, unit, norm;  // E, 2st (0: keys are bits) and ‖q'‖² of each query
     Aligned<int64_t> count;
     Aligned<Candidate> list;
     Aligned<int16_t> line;
@@ -123,9 +135,8 @@ struct Group {
         std::fill(packed + 0, packed + rows * pairs, 0);
     }
 
-    // `keys` of `columns` database rows from `position`, some at or below the limit.
-    void take(int64_t slot, const int32_t* keys, int64_t position, int64_t columns) {
-        const int64_t* rows = database->rows + position;
+    // `keys` of some `rows` of the database, some of them at or below the limit.
+    void take(int64_t slot, const int32_t* keys, const int64_t* rows, int64_t columns) {
         const uint8_t* mask = problem.mask_stride ? problem.mask + query_rows[slot] * problem.mask_stride : nullptr;
         if (problem.k == 1) {
             int32_t best = std::numeric_limits<int32_t>::max();
@@ -143,7 +154,7 @@ struct Group {
     }
 
     void lower(int64_t slot, double key) {
-        if (key < limit[slot]) limit[slot] = std::max(near[slot], int32_t(std::ceil(std::max(key, double(NEVER)))));
+        if (key < limit[slot]) limit[slot] = std::max({near[slot], least, int32_t(std::ceil(std::max(key, double(NEVER))))});
     }
 
     void prune(int64_t slot) {
@@ -189,18 +200,20 @@ struct Group {
     void limit_by_measured(int64_t slot) {
         const int64_t query = query_rows[slot], k = problem.k;
         if (measured[query] < k) return;
+        const float last = problem.distance[query * k + k - 1];
         // E holds room for what float32 rounding of a distance hides.
-        lower(slot, (double(problem.distance[query * k + k - 1]) - norm[slot]) / unit[slot] + error[slot]);
+        lower(slot, (unit[slot] > 0 ? (double(last) - norm[slot]) / unit[slot] : bits(last)) + error[slot]);
     }
 };
 
 template <class T>
 struct Kernels {
-    int rows, width;
+    int rows, width, floats;  // floats: in a vector
     void (*filter)(Group&, const Database&);
     void (*norms)(const T*, const int64_t*, int64_t, int64_t, int64_t, const T*, double*);
     double (*pack_panels)(const T*, const int64_t*, int64_t, int64_t, int64_t, const T*, T, int16_t*, int32_t*);
     double (*pack_query)(const T*, int64_t, int64_t, const T*, T, int16_t*, int32_t*);
+    int64_t (*scan)(Group&, const int64_t*, int64_t, int64_t);
 };
 
 }  // namespace
@@ -323,25 +336,84 @@ NearestStatus every_pair(const NearestProblem& problem, const std::vector<int64_
     return within_float32(problem);
 }
 
+// The rows that some query may choose.
+std::vector<int64_t> allowed_rows(const NearestProblem& problem) {
+    std::vector<int64_t> allowed(problem.m);
+    if (problem.mask == nullptr) {
+        std::iota(allowed.begin(), allowed.end(), 0);
+        return allowed;
+    }
+    int64_t found = 0;
+    for (int64_t j = 0; j < problem.m; ++j) {
+        bool any = false;
+        for (int64_t i = 0; i < (problem.mask_stride ? problem.n : 1) && !any; ++i) any = problem.mask[i * problem.m + j];
+        if (any) allowed[found++] = j;
+    }
+    allowed.resize(found);
+    return allowed;
+}
+
+// Each thread scans its part of the database for all queries; the k best of each part are merged.
+template <class T>
+NearestStatus scan(const NearestProblem& problem, const Kernels<T>& kernel, int threads) {
+    const int64_t n = problem.n, d = problem.d, k = problem.k;
+    const T* query = static_cast<const T*>(problem.query);
+    for (int64_t i = 0; i < n * d; ++i)
+        if (!std::isfinite(query[i])) return {NearestStatus::query_not_finite, i / d};
+    const std::vector<int64_t> allowed = problem.mask ? allowed_rows(problem) : std::vector<int64_t>();
+    const int64_t size = problem.mask ? int64_t(allowed.size()) : problem.m;
+
+    // Of a float sum: two roundings a step and its square, one a sum; and float32 of the result.
+    const double sums = double(d) / kernel.floats + 10, error = 2 + 1.1 * (sizeof(T) == 4 ? sums + 1 : 3);
+    std::vector<int64_t> order(n), index(threads * n * k), measured(threads * n, 0), bad(threads, -1);
+    std::vector<float> distance(threads * n * k);
+    std::iota(order.begin(), order.end(), 0);
+    std::vector<NearestProblem> parts(threads, problem);
+    std::vector<Group> groups;
+    groups.reserve(threads);
+    for (int thread = 0; thread < threads; ++thread) {
+        parts[thread].index = index.data() + thread * n * k, parts[thread].distance = distance.data() + thread * n * k;
+        Group& group = groups.emplace_back(parts[thread], n, 0, measured.data() + thread * n);
+        group.query_rows = order.data(), group.size = n, group.least = bits(TINY);
+        for (int64_t slot = 0; slot < n; ++slot) {
+            group.count[slot] = 0, group.limit[slot] = ALWAYS;
+            group.unit[slot] = group.norm[slot] = 0, group.error[slot] = error;
+            group.near[slot] = problem.rejected ? std::min(double(ALWAYS), bits(float(problem.reach)) + error) : NEVER;
+        }
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        Group& group = groups[thread];
+        bad[thread] = kernel.scan(group, problem.mask ? allowed.data() : nullptr, size * thread / threads,
+                                  size * (thread + 1) / threads);
+        for (int64_t slot = 0; slot < n && bad[thread] < 0; ++slot) {
+            group.prune(slot);
+            group.measure(slot);
+        }
+    }
+    for (const int64_t row : bad)
+        if (row >= 0) return {NearestStatus::database_not_finite, row};
+    std::vector<std::pair<float, int64_t>> found;
+    for (int64_t i = 0; i < n; ++i) {
+        found.clear();
+        for (int thread = 0; thread < threads; ++thread)
+            for (int64_t j = (thread * n + i) * k; j < (thread * n + i) * k + measured[thread * n + i]; ++j)
+                found.emplace_back(distance[j], index[j]);
+        std::sort(found.begin(), found.end());
+        for (int64_t j = 0; j < std::min(k, int64_t(found.size())); ++j)
+            problem.distance[i * k + j] = found[j].first, problem.index[i * k + j] = found[j].second;
+    }
+    return within_float32(problem);
+}
+
 template <class T>
 NearestStatus run(const NearestProblem& problem) {
     const int64_t n = problem.n, m = problem.m, d = problem.d, pairs = (d + 1) / 2;
     const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
     const Kernels<T> kernel = choose<T>(problem.vnni);
     const int threads = double(n) * m * d < 1 << 18 ? 1 : problem.threads;
-
-    std::vector<int64_t> allowed(m);
-    if (problem.mask == nullptr) {
-        std::iota(allowed.begin(), allowed.end(), 0);
-    } else {
-        int64_t found = 0;
-        for (int64_t j = 0; j < m; ++j) {
-            bool any = false;
-            for (int64_t i = 0; i < (problem.mask_stride ? n : 1) && !any; ++i) any = problem.mask[i * m + j];
-            if (any) allowed[found++] = j;
-        }
-        allowed.resize(found);
-    }
+    if (n <= problem.few && !problem.every_pair) return scan<T>(problem, kernel, threads);
+    const std::vector<int64_t> allowed = allowed_rows(problem);
     const int64_t size = int64_t(allowed.size());
 
     const std::vector<T> centre = about_the_mean(database, allowed, d);
@@ -419,7 +491,6 @@ NearestStatus run(const NearestProblem& problem) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
             for (int64_t first = 0; first < number; first += group_rows) {
                 Group& group = groups[thread_number()];
-                group.database = &bucket;
                 group.query_rows = asked + first;
                 const int64_t live = std::min(group_rows, number - first);
                 group.size = (live + kernel.rows - 1) / kernel.rows * kernel.rows;

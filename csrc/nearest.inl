@@ -88,7 +88,8 @@ static void filter(Group& group, const Database& database) {
                                      group.limit + row, pairs, keys);
                 for (; hits; hits &= hits - 1) {
                     const int r = __builtin_ctz(hits);
-                    group.take(row + r, keys + r * WIDTH, panel * WIDTH, std::min<int64_t>(WIDTH, database.size - panel * WIDTH));
+                    group.take(row + r, keys + r * WIDTH, database.rows + panel * WIDTH,
+                               std::min<int64_t>(WIDTH, database.size - panel * WIDTH));
                 }
             }
         }
@@ -162,6 +163,124 @@ static double pack_query(const T* x, int64_t row, int64_t d, const T* centre, T 
 }
 
 template <class T>
+struct Lanes {
+    static constexpr int COUNT = VEC_BYTES / sizeof(T), LANE = 16 / sizeof(T);  // LANE: in 128 bits
+    typedef T Vector __attribute__((vector_size(VEC_BYTES)));
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integers __attribute__((vector_size(VEC_BYTES)));
+
+    static Vector load(const T* x) {
+        Vector v;
+        std::memcpy(&v, x, sizeof v);
+        return v;
+    }
+
+    // Sums of neighbours, those of a and b: blocks of STEP elements interleaved within 128 bits, then blocks of 128 bits
+    // one after the other, so that COUNT vectors end as one, in order, each step two shuffles of one instruction.
+    template <int STEP, int... I>
+    static Vector halved(Vector a, Vector b, std::integer_sequence<int, I...>) {
+        constexpr auto from = [](int i, bool odd) {
+            if (STEP >= LANE) {
+                const int at = 2 * (i - i % LANE) + i % LANE;
+                return at + odd * LANE;
+            }
+            const int at = i % LANE, block = at / STEP;
+            return i - at + block / 2 * STEP + at % STEP + odd * LANE / 2 + block % 2 * COUNT;
+        };
+        return __builtin_shufflevector(a, b, from(I, false)...) + __builtin_shufflevector(a, b, from(I, true)...);
+    }
+
+    // Lane i of the result: the sum of the lanes of v[i].
+    template <int STEP = 1>
+    static Vector sums(const Vector (&v)[COUNT / STEP]) {
+        if constexpr (STEP == COUNT) {
+            return v[0];
+        } else {
+            Vector half[COUNT / STEP / 2];
+            for (int i = 0; i < COUNT / STEP / 2; ++i)
+                half[i] = halved<STEP>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, COUNT>());
+            return sums<2 * STEP>(half);
+        }
+    }
+};
+
+// Squared distances of a query to COUNT rows, as float bits. `last` has all bits set in the lanes that d fills of the last
+// vector, which ends where the row ends.
+template <class T>
+static inline void distance_bits(const T* query, const T* const* row, int64_t d, typename Lanes<T>::Integers last,
+                                 int32_t* keys) {
+    using L = Lanes<T>;
+    using Vector = typename L::Vector;
+    constexpr int AT_ONCE = L::COUNT < 8 ? L::COUNT : 8;  // as many pointers as there are registers for
+    Vector sum[L::COUNT];
+    for (int first = 0; first < L::COUNT; first += AT_ONCE) {
+        Vector part[AT_ONCE] = {};
+        int64_t t = 0;
+        for (; t + L::COUNT <= d; t += L::COUNT) {
+            const Vector q = L::load(query + t);
+#pragma GCC unroll 8
+            for (int r = 0; r < AT_ONCE; ++r) {
+                const Vector step = q - L::load(row[first + r] + t);
+                part[r] += step * step;
+            }
+        }
+        for (int r = 0; t < d && r < AT_ONCE; ++r) {
+            Vector q{}, b{};
+            if (d >= L::COUNT) {
+                q = L::load(query + d - L::COUNT), b = L::load(row[first + r] + d - L::COUNT);
+            } else {
+                std::memcpy(&q, query, size_t(d) * sizeof(T));
+                std::memcpy(&b, row[first + r], size_t(d) * sizeof(T));
+            }
+            const Vector step = (Vector)((typename L::Integers)(q - b) & last);
+            part[r] += step * step;
+        }
+        for (int r = 0; r < AT_ONCE; ++r) sum[first + r] = part[r];
+    }
+    const Vector found = L::sums(sum);
+    for (int l = 0; l < L::COUNT; ++l) {
+        const float distance = float(found[l]);
+        std::memcpy(keys + l, &distance, sizeof distance);
+    }
+}
+
+// Rows [begin, end) of the database, or of those that are allowed, once past every query. Returns a row that is not
+// finite, or -1.
+template <class T>
+static int64_t scan(Group& group, const int64_t* allowed, int64_t begin, int64_t end) {
+    constexpr int COUNT = Lanes<T>::COUNT;
+    const int64_t d = group.problem.d;
+    const T *query = static_cast<const T*>(group.problem.query), *database = static_cast<const T*>(group.problem.database);
+    typename Lanes<T>::Integers last;
+    for (int l = 0; l < COUNT; ++l) last[l] = d < COUNT || l >= COUNT - d % COUNT ? -1 : 0;
+    int64_t rows[COUNT];
+    const T* row[COUNT];
+    alignas(64) int32_t keys[LANES];
+    std::fill(keys, keys + LANES, std::numeric_limits<int32_t>::max());
+    for (int64_t first = begin; first < end; first += COUNT) {
+        const int64_t count = std::min<int64_t>(COUNT, end - first);
+        for (int64_t l = 0; l < COUNT; ++l) {
+            const int64_t position = first + std::min(l, count - 1);
+            rows[l] = allowed ? allowed[position] : position;
+            row[l] = database + rows[l] * d;
+        }
+        for (int64_t slot = 0; slot < group.size; ++slot) {
+            distance_bits(query + slot * d, row, d, last, keys);
+            if (slot == 0) {
+                bool finite = true;
+                for (int l = 0; l < COUNT; ++l) finite &= uint32_t(keys[l]) < uint32_t(INFINITE);
+                for (int64_t l = 0; !finite && l < count; ++l)  // finite rows may be too far for float32
+                    for (int64_t t = 0; t < d; ++t)
+                        if (!std::isfinite(row[l][t])) return rows[l];
+            }
+            AnyAtMost hit;
+            hit.add(*(const ints*)keys, splat(group.limit[slot]));
+            if (__builtin_expect(hit.any(), 0)) group.take(slot, keys, rows, count);
+        }
+    }
+    return -1;
+}
+
+template <class T>
 static Kernels<T> kernels() {
-    return {ROWS, WIDTH, &filter, &norms<T>, &pack_panels<T>, &pack_query<T>};
+    return {ROWS, WIDTH, LANES, &filter, &norms<T>, &pack_panels<T>, &pack_query<T>, &scan<T>};
 }

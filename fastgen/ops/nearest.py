@@ -65,10 +65,11 @@ def search_cpp(
     k: int,
     exclude_radius: float | None = None,
     every_pair: bool = False,
-    vnni: bool = True,
+    **more: Any,
 ) -> Tensor | None:
     """The C++ kernel, or None where magnitudes are beyond its integers' scales: float64 may still hold them.
-    `vnni` False keeps to the instructions that every processor of its set has (tests)."""
+    `more`: for tests. vnni=False keeps to the instructions that every processor of its set has; few: the number of
+    queries up to which the database is scanned without packing it."""
     if mask is not None:
         mask = mask.contiguous()
         reference.refuse_small_mask(mask, k)
@@ -90,10 +91,10 @@ def search_cpp(
         index.data_ptr(),
         distance.data_ptr(),
         torch.get_num_threads(),
-        vnni,
-        every_pair,
-        0.0 if exclude_radius is None else exclude_radius * exclude_radius,
-        0 if rejected is None else rejected.data_ptr(),
+        every_pair=every_pair,
+        reach=0.0 if exclude_radius is None else exclude_radius * exclude_radius,
+        rejected=0 if rejected is None else rejected.data_ptr(),
+        **more,
     )
     if outcome == "overflow":
         return None
@@ -110,7 +111,7 @@ def search_cpp(
     index[again] = -1
     again, left = again[enough], left if left.ndim == 1 else left[enough]
     if len(again):
-        found = search_cpp(module, wide_query[again], wide_database, left, k, None, every_pair, vnni)
+        found = search_cpp(module, wide_query[again], wide_database, left, k, None, every_pair, **more)
         if found is None:
             return None
         index[again] = found

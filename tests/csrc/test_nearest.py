@@ -4,19 +4,21 @@ import torch
 from fastgen import _C
 from fastgen.ops import nearest as ops
 
-KERNELS = [("baseline", False), ("avx2", False), ("avx512", False), ("avx512", True)]
+KERNELS = [("baseline", False, 0), ("avx2", False, 0), ("avx512", False, 0), ("avx512", True, 0)]
+SCANS = [(isa, False, 1 << 40) for isa in ("baseline", "avx2", "avx512")]  # whatever the number of queries
 
 
-@pytest.fixture(params=KERNELS, ids=lambda one: f"{one[0]}{'-vnni' * one[1]}")
+@pytest.fixture(params=KERNELS + SCANS, ids=lambda one: f"{one[0]}{'-vnni' * one[1]}{'-scan' * (one[2] > 0)}")
 def search(request):
-    """The kernel compiled for one instruction set."""
+    """The kernel compiled for one instruction set, the database packed or scanned."""
+    isa, vnni, few = request.param
     before = _C.isa()
     try:
-        _C.set_isa(request.param[0])
+        _C.set_isa(isa)
     except ValueError as error:
         pytest.skip(str(error))
     yield lambda q, b, k=1, mask=None, radius=None, every_pair=False: ops.search_cpp(
-        _C, q, b, mask, k, radius, every_pair, vnni=request.param[1]
+        _C, q, b, mask, k, radius, every_pair, vnni=vnni, few=few
     )
     _C.set_isa(before)
 
@@ -168,3 +170,54 @@ def test_threads_agree(search):
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("k", [1, 3])
+def test_float_sums_that_err_both_ways(oracle, search, lanes, k):
+    """`wrong` loses half an ulp at each of its sums, `right` gains as much: kernels that add in so many lanes see them
+    in the other order, a hundred ulps apart."""
+    d, ulp = 100 * lanes, 2.0**-23
+    right, wrong = torch.full((1, d), (0.501 * ulp) ** 0.5), torch.full((1, d), (0.499 * ulp) ** 0.5)
+    right[:, :lanes], wrong[:, :lanes] = 1, 1 + ulp
+    database = torch.cat([wrong.expand(40, d), right.expand(3, d), wrong.expand(200, d)])
+    expected = oracle.nearest(torch.zeros(2, d), database, k)[1]
+    assert expected[0].tolist() == [40, 41, 42][:k]
+    assert torch.equal(search(torch.zeros(2, d), database, k), expected)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_squares_below_the_least_float(oracle, search, k):
+    """Each square of `wrong` is lost to float32, together they are 770 times the least number that it has."""
+    d, least = 1600, 2.0**-149
+    wrong, right = torch.full((1, d), (0.482 * least) ** 0.5), torch.zeros(1, d)
+    right[0, 5] = (700 * least) ** 0.5
+    database = torch.cat([wrong.expand(40, d), right.expand(3, d), wrong.expand(200, d)])
+    expected = oracle.nearest(torch.zeros(2, d), database, k)[1]
+    assert expected[0].tolist() == [40, 41, 42][:k]
+    assert torch.equal(search(torch.zeros(2, d), database, k), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [3, 16, 33])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_every_place_of_what_is_not_finite(search, dtype, d, bad):
+    for row in (0, 17, 18, 39):
+        for column in {0, d // 2, d - 1}:
+            points = torch.randn(40, d, dtype=dtype)
+            points[row, column] = bad
+            for name, operands in (("query", (points, 0 * points[1:2])), ("database", (0 * points[1:2], points))):
+                with pytest.raises(ValueError, match=f"{name}: .* in row {row}\\b"):
+                    search(*operands)
+            mask = torch.ones(40, dtype=torch.bool)
+            mask[row] = False
+            assert mask[search(torch.zeros(2, d, dtype=dtype), points, 1, mask)].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_farther_than_float32_holds(search, dtype):
+    """They are finite and no answer; where they are the only ones, the caller looks with float64."""
+    database = torch.full((100, 9), 3e38, dtype=dtype)
+    database[70] = 1
+    assert search(torch.zeros(3, 9, dtype=dtype), database).tolist() == [[70]] * 3
+    assert search(torch.zeros(3, 9, dtype=dtype), database[:50]) is None
