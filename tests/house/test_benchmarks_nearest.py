@@ -106,3 +106,18 @@ def test_rows_of_processes(ring: ModuleType) -> None:
     rows = {r["provider"]: r for r in run.measure(nearest._ring_work(200, 300, 5), ["fastgen, 2 processes", "eager"])}
     assert {r["status"] for r in rows.values()} == {"ok"}
     assert not any("peak_bytes" in r for r in rows.values())
+
+
+def test_streamed_rows(ring: ModuleType) -> None:
+    """Each provider meets the same chunks, the last of them a short one; a few queries are checked in float64."""
+    from benchmarks import nearest, report
+    from benchmarks.harness import Measurer
+
+    run = Measurer(CPU, rounds=1, at_least=0.0)
+    rows = {r["provider"]: r for r in run.measure(nearest._streamed_work(150, 2 * nearest.CHUNK + 7, 8))}
+    assert {r["status"] for name, r in rows.items() if name != "faiss"} == {"ok"}
+    assert rows["faiss"]["status"] in ("ok", "missing")
+    assert (rows["fastgen"]["right"], rows["fastgen"]["checked"]) == (1.0, 100)
+    names = {scale: [work.name for work in nearest.works(scale)] for scale in ("full", "huge")}
+    assert "top-1 of 1000 x 10000000 x 64, streamed" in names["huge"]
+    assert {work for _, family, work in report.README_ROWS if family == "nearest"} <= set(names["full"])
