@@ -80,7 +80,7 @@ class GLO(EpochLoss):
         for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             schedule.step()
-        self.count(loss, len(rows))
+        self.count(len(rows), loss)
 
 
 class Decoder:

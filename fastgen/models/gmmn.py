@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgen import check, data
 from fastgen.functional import RBF, median_squared_distance, mmd
 from fastgen.models.networks import in_batches
-from fastgen.models.run import Run, arguments_of, cosine, generator, row_loader
+from fastgen.models.run import Run, arguments_of, cosine, row_loader, step_generator
 
 NAME = "gmmn"
 LADDER = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the median squared distance: the Gaussians' 2·bandwidth²
@@ -62,7 +62,7 @@ class CodeTraining(LightningModule):
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         images = self._held["images"][rows]
-        random = generator(self.seed, self.current_epoch * 100_000 + batch_number, 5)
+        random = step_generator(self.seed, self.current_epoch, batch_number, 5)
         kept = (torch.rand(images.shape, generator=random) >= self.drop).to(self.device)
         loss = (self.decoder(self.encoder(images * kept / (1 - self.drop))) - images).square().sum(1).mean()
         self.log("loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
@@ -90,7 +90,7 @@ class MomentTraining(LightningModule):
         return cosine(self, torch.optim.Adam(self.parameters(), self.lr))
 
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
-        random = generator(self.seed, self.current_epoch * 100_000 + batch_number, 6)
+        random = step_generator(self.seed, self.current_epoch, batch_number, 6)
         made = self.body(draw_noise(len(rows), self.noise_dim, random).to(self.device))
         squared = mmd(made, self._held["target"][rows], kernel=self.kernel, estimator="biased")
         loss = squared.clamp_min(1e-10).sqrt()  # the root's slope stays finite

@@ -60,7 +60,7 @@ class LatentIMLE(EpochLoss):
                 first=self.current_epoch * count, count=count, chunk=self.chunk, tick=bar.update,
             )  # fmt: skip
         self.chosen.copy_(found.id)
-        self.log("nearest", found.distance.mean(), prog_bar=True)
+        self.note(nearest=float(found.distance.mean()))
         self.search_seconds += time.perf_counter() - start
 
     def configure_optimizers(self) -> Any:
@@ -69,5 +69,5 @@ class LatentIMLE(EpochLoss):
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         made = self.mapper(self.noise(self.chosen[rows]))
         loss = (made - self._held["latent"][rows]).square().sum(1).mean()
-        self.count(loss, len(rows))
+        self.count(len(rows), loss)
         return loss

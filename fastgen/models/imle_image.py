@@ -126,9 +126,8 @@ class PoolIMLE(EpochLoss):
             if self.adaptive is not None:
                 self.threshold[rows] = (1 - self.adaptive) * found.distance
             some, reach = self._held["reference"]
-            self.log("nearest", self.distance.mean(), prog_bar=True, rank_zero_only=True)
-            self.log("coverage", (self.distance[some] < reach).float().mean(), rank_zero_only=True)
-            self.log("searched", float(len(rows)), rank_zero_only=True)
+            covered = (self.distance[some] < reach).float().mean()
+            self.note(nearest=float(self.distance.mean()), coverage=float(covered), searched=float(len(rows)))
         self.search_seconds += time.perf_counter() - start
 
     def _due(self) -> Tensor:
@@ -183,7 +182,7 @@ class PoolIMLE(EpochLoss):
     def training_step(self, rows: Tensor, batch_number: int) -> Tensor:
         fake = self.sample(self.chosen[rows], self._held["condition"].of(rows))
         loss: Tensor = self._held["measure"].loss(fake, self.images(rows)).mean()
-        self.count(loss, len(rows))
+        self.count(len(rows), loss)
         return loss
 
 

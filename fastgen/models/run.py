@@ -390,6 +390,12 @@ def generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 16 + purpose)
 
 
+def step_generator(seed: int, epoch: int, batch: int, purpose: int) -> torch.Generator:
+    """As `generator`, for each batch. Torch heeds 32 bits: seeds are laid out by the golden section, so that the first
+    dozen lie a hundred epochs and more apart."""
+    return torch.Generator().manual_seed((seed * 165_902_235 % 2**28 + epoch * 100_000 + batch) * 16 + purpose)
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -412,28 +418,44 @@ def write_json(file: Path, content: Any) -> None:
 
 
 class EpochLoss(LightningModule):
-    """Logs an epoch's mean loss as `loss`, also of an epoch that is taken up in its middle: Lightning's own means
-    forget what came before the checkpoint. `count` belongs into every step."""
+    """Logs an epoch's means of `names`, and what was noted at its start, also of an epoch that is taken up in its
+    middle: Lightning's own means forget what came before the checkpoint. `count` belongs into every step."""
+
+    names: tuple[str, ...] = ("loss",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss_sum = torch.zeros(2, dtype=torch.float64)
+        self.loss_sum = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        self.noted: dict[str, float] = {}
 
-    def count(self, loss: torch.Tensor, rows: int) -> None:
-        self.loss_sum = self.loss_sum.to(loss.device)
-        self.loss_sum += torch.stack([loss.detach().double() * rows, loss.new_tensor(rows).double()])
+    def count(self, rows: int, *means: torch.Tensor) -> None:
+        """The step's mean over its rows of each of `names`."""
+        self.loss_sum = self.loss_sum.to(means[0].device)
+        self.loss_sum += torch.stack(
+            [*(mean.detach().double() * rows for mean in means), self.loss_sum.new_tensor(rows)]
+        )
+
+    def note(self, **values: float) -> None:
+        """Figures of the epoch that starts: shown at once, and logged with its loss."""
+        self.noted = values
+        self.log_dict(values, prog_bar=True, logger=False, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loss_sum"] = processes.summed(self.loss_sum)
+        checkpoint["noted"] = self.noted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.noted = checkpoint["noted"]
         if processes.rank() == 0:
             self.loss_sum = checkpoint["loss_sum"]
 
     def on_train_epoch_end(self) -> None:
-        total, rows = processes.summed(self.loss_sum).tolist()
-        self.log("loss", total / rows, prog_bar=True, rank_zero_only=True)
+        *totals, rows = processes.summed(self.loss_sum).tolist()
+        means = {name: total / rows for name, total in zip(self.names, totals, strict=True)}
+        self.log_dict(means, prog_bar=True, rank_zero_only=True)
+        self.log_dict(self.noted, rank_zero_only=True)
         self.loss_sum.zero_()
+        self.noted = {}
 
 
 def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:

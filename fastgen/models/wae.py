@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen import check, data
 from fastgen.functional import wae_mmd
 from fastgen.models.networks import Generator, in_batches
-from fastgen.models.run import Run, arguments_of, cosine, generator, row_loader
+from fastgen.models.run import Run, arguments_of, cosine, row_loader, step_generator
 
 NAME = "wae-mmd"
 STAGE = "wae"
@@ -69,7 +69,7 @@ class WAETraining(LightningModule):
         images = self._held["images"][rows]
         code = self.encoder(images)
         error = (self.decoder(code) - images).square().sum((1, 2, 3)).mean()
-        random = generator(a["seed"], self.current_epoch * 100_000 + batch_number, 4)
+        random = step_generator(a["seed"], self.current_epoch, batch_number, 4)
         drawn = draw_prior(len(rows), a["latent_dim"], a["prior"], random).to(self.device)
         options = {"kernel": a["kernel"], "prior": a["prior"]}
         penalty = (wae_mmd if a["penalty"] == "fused" else eager_penalty)(code, drawn, **options)

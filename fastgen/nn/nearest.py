@@ -44,7 +44,8 @@ class VectorQuantizer(nn.Module):
         codebook's own where it is learnable; 0 in eval mode.
 
     Raises: TypeError and ValueError naming the argument; ValueError for NaN or infinity in x; RuntimeError for
-        sync_codebook=True without torch.distributed, or in a process outside `group`.
+        sync_codebook=True without torch.distributed, in a process outside `group`, and in the other processes that
+        average together where one of them raises for its x.
 
     Notes: Indices are exact, a tie goes to the lowest; no N×K matrix is made. The gradient of `quantized` goes to x as
         it is (straight-through), that of the loss to x (and to a learnable codebook, whose rows' gradients are summed
@@ -105,31 +106,24 @@ class VectorQuantizer(nn.Module):
         return twin
 
     def forward(self, x: Tensor, freeze_codebook: bool = False) -> Quantized:
-        check.tensor("x", x)
-        if self.accept_image_fmap:
-            if x.ndim != 4:
-                raise ValueError(f"x: expected [B, {self.dim}, H, W], got shape {list(x.shape)}")
-            x = x.movedim(1, -1)
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected vectors of {self.dim}, got shape {list(x.shape)}")
-        if x.device != self.codebook.device:
-            raise ValueError(f"x: expected the device of the codebook, {self.codebook.device}, got {x.device}")
-        # Half types are searched and averaged in float32, as under autocast.
-        flat = x.reshape(-1, self.dim).to(torch.promote_types(x.dtype, torch.float32))
-        indices = self._indices(flat)
+        averages = self.training and not (self.learnable_codebook or freeze_codebook)
+        try:
+            x, flat, indices = self._found(x)
+        except Exception:
+            if averages:
+                self._leave()
+            raise
         entries = self.codebook.to(flat.dtype).index_select(0, indices)
         loss = flat.new_zeros((), dtype=torch.float32)
         if self.training and len(flat) == 0:
             # The mean over nothing is NaN; an empty sum keeps the graph.
             loss = (flat.sum() + entries.sum()).float()
-            if not (self.learnable_codebook or freeze_codebook):
-                self._average(flat.detach(), indices)  # where several processes average, this one takes part
         elif self.training:
             loss = self.commitment_weight * tf.mse_loss(flat, entries.detach()).float()
             if self.learnable_codebook:
                 loss = loss + tf.mse_loss(entries, flat.detach()).float()
-            elif not freeze_codebook:
-                self._average(flat.detach(), indices)
+        if averages:  # also an empty batch: where several processes average, this one takes part
+            self._average(flat.detach(), indices)
         quantized = (flat + (entries - flat).detach()).to(x.dtype).view(x.shape)
         if self.accept_image_fmap:
             quantized = quantized.movedim(-1, 1)
@@ -142,6 +136,21 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"indices: expected 0 to {self.codebook_size - 1}, got others")
         entries = self.codebook[indices]
         return entries.movedim(-1, 1) if self.accept_image_fmap else entries
+
+    def _found(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x with the vectors last, its vectors [N, D], and their entries' indices [N]."""
+        check.tensor("x", x)
+        if self.accept_image_fmap:
+            if x.ndim != 4:
+                raise ValueError(f"x: expected [B, {self.dim}, H, W], got shape {list(x.shape)}")
+            x = x.movedim(1, -1)
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected vectors of {self.dim}, got shape {list(x.shape)}")
+        if x.device != self.codebook.device:
+            raise ValueError(f"x: expected the device of the codebook, {self.codebook.device}, got {x.device}")
+        # Half types are searched and averaged in float32, as under autocast.
+        flat = x.reshape(-1, self.dim).to(torch.promote_types(x.dtype, torch.float32))
+        return x, flat, self._indices(flat)
 
     @torch.no_grad()
     def _indices(self, flat: Tensor) -> Tensor:
@@ -162,6 +171,8 @@ class VectorQuantizer(nn.Module):
         rank, size = self._place()
         if size > 1:
             dist.all_reduce(count, group=self.group)
+            if count[0].isnan():
+                raise RuntimeError("x: another process of the group was refused its x; its own error says why")
             dist.all_reduce(total, group=self.group)
         if not (len(flat) or (size > 1 and bool(count.any()))):
             return  # nobody had a vector: nothing to average
@@ -173,6 +184,12 @@ class VectorQuantizer(nn.Module):
         if self.threshold_ema_dead_code > 0:
             self._revive(flat, rank, size)
         self.calls += 1
+
+    @torch.no_grad()
+    def _leave(self) -> None:
+        """The others wait for this process's counts: they get NaN."""
+        if self._place()[1] > 1:
+            dist.all_reduce(torch.full_like(self.cluster_size, torch.nan), group=self.group)
 
     def _place(self) -> tuple[int, int]:
         """This process's rank among those that average together, and their number."""

@@ -65,11 +65,11 @@ def same(run: Path, other: Path) -> None:
         assert torch.equal(value, two[name]), name
 
 
-def rows_of(run: Path) -> list[dict[str, str]]:
+def rows_of(run: Path, stage: str = "imle") -> list[dict[str, str]]:
     import csv
 
     found: list[dict[str, str]] = []
-    for file in sorted((run / "logs" / "imle").glob("version_*/metrics.csv")):
+    for file in sorted((run / "logs" / stage).glob("version_*/metrics.csv")):
         with open(file, newline="") as lines:
             found += list(csv.DictReader(lines))
     return found
@@ -197,6 +197,11 @@ def test_any_number_of_processes_finds_the_same(tmp_path: Path, count: int) -> N
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+def told(run: Path, stage: str = "imle") -> list[dict[str, str]]:
+    """What metrics.csv says of each epoch, of a resumed run from all its files; nothing where a column is empty."""
+    return [{k: v for k, v in row.items() if v} for row in rows_of(run, stage)]
+
+
 class Peek(Callback):
     """Checks at each search that the winners are those of a pool made all at once."""
 
@@ -276,8 +281,7 @@ def test_resume_after_kill_9_in_the_middle_of_an_epoch(
     assert step == {(2, 3): 10, (1, 0): 4}[when]  # two steps into the epoch, and the end of the first
     IMLE(**SMALL).fit(images, out, resume=True, trainer=QUIET)
     same(out, whole)
-    key_ = ("epoch", "loss")
-    assert [[r[k] for k in key_] for r in rows_of(out)][-2:] == [[r[k] for k in key_] for r in rows_of(whole)][-2:]
+    assert told(out) == told(whole)
 
 
 @pytest.fixture
@@ -430,22 +434,35 @@ def test_reverse_loss_has_a_plus() -> None:
 
 def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path) -> None:
     settings = {"noise_dim": 4, "hidden": 32, "hidden_layers": 1, "epochs": 30, "reals": 16, "batch": 8, "others": 16}
-    settings |= {"lr": 3e-3, "checkpoint_every": 3}
+    settings |= {"lr": 3e-3, "checkpoint_every": 3, "warm_up": 0.2}
     first = IMLEReverse(**settings).fit(images, tmp_path / "whole", trainer=QUIET)
     rows = rows_of(tmp_path / "whole")
     assert float(rows[-1]["pull"]) < 0.7 * float(rows[0]["pull"])
-    for row in rows:
-        assert float(row["loss"]) == pytest.approx(float(row["pull"]) + 4 * float(row["push"]), rel=1e-5)
+    for epoch, row in enumerate(rows):
+        reverse = pytest.approx(float(row["pull"]) + 4 * float(row["push"]), rel=1e-5)
+        assert (float(row["loss"]) == reverse) == (epoch >= 6)
     # Not all samples seek the same datum.
     near = torch.cdist(first.sample(200, seed=0).flatten(1), images.train.flatten(1)).argmin(1)
     assert len(near.unique()) >= 3
-    cut = str(tmp_path / "cut")
-    code = KILLED.format(small=settings, out=cut, quiet=QUIET, when=(5, 3), name="imle-reverse")
-    assert run_apart(code) == [-signal.SIGKILL]
-    IMLEReverse(**settings).fit(images, tmp_path / "cut", resume=True, trainer=QUIET)
-    same(tmp_path / "cut", tmp_path / "whole")
     again = IMLEReverse.load(Run(tmp_path / "whole"), images)
     assert torch.equal(first.sample(4, seed=3), again.sample(4, seed=3))
+    for when in ((5, 3), (6, 3)):
+        cut = tmp_path / f"cut{when[0]}"
+        code = KILLED.format(small=settings, out=str(cut), quiet=QUIET, when=when, name="imle-reverse")
+        assert run_apart(code) == [-signal.SIGKILL]
+        IMLEReverse(**settings).fit(images, cut, resume=True, trainer=QUIET)
+        same(cut, tmp_path / "whole")
+        assert told(cut) == told(tmp_path / "whole")
+
+
+def test_reverse_warms_up_as_imle_does(images: data.Images, tmp_path: Path) -> None:
+    """The loss of its first step, by cdist: each datum's nearest of the step's samples, all of them."""
+    settings = {"noise_dim": 4, "hidden": 32, "epochs": 1, "reals": 64, "batch": 8, "others": 16, "seed": 5}
+    module = IMLEReverse(**settings, warm_up=1.0)._module(images)
+    made = module.generator(codes(torch.arange(24), 4, key(5, 0))).flatten(1).detach()
+    IMLEReverse(**settings, warm_up=1.0).fit(images, tmp_path / "run", trainer=QUIET)
+    expected = torch.cdist(images.train.flatten(1).double(), made.double()).square().min(1).values.mean()
+    assert float(rows_of(tmp_path / "run")[0]["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_two_processes_train_and_a_changed_number_of_processes_is_told(

@@ -18,7 +18,7 @@ from fastgen.check import UserError
 from fastgen.cli import main
 from fastgen.functional import wae_mmd
 from fastgen.models.gmmn import GMMN
-from fastgen.models.run import Run
+from fastgen.models.run import Run, step_generator
 from fastgen.models.wae import WAEMMD, draw_prior, eager_penalty
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
@@ -53,6 +53,40 @@ def whole(images: data.Images, tmp_path_factory: pytest.TempPathFactory) -> dict
         runs[name] = tmp_path_factory.mktemp(name) / "run"
         model(**settings).fit(images, runs[name], trainer=QUIET)
     return runs
+
+
+@pytest.mark.parametrize(("model", "draw"), [("wae", "draw_prior"), ("gmmn_data", "draw_noise")])
+def test_neighbouring_seeds_draw_noise_of_their_own(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, draw: str
+) -> None:
+    """In no epoch does one meet a batch of the other's."""
+    made, settings, _ = MODELS[model]
+    module = sys.modules[made.__module__]
+    drawn: list[bytes] = []
+    original = getattr(module, draw)
+
+    def kept(*arguments: Any) -> torch.Tensor:
+        found: torch.Tensor = original(*arguments)
+        drawn.append(found.numpy().tobytes())
+        return found
+
+    monkeypatch.setattr(module, draw, kept)
+    for seed in (0, 1):
+        more = {"epochs": 12, "batch": 8, "seed": seed}
+        made(**{**settings, **more}).fit(images, tmp_path / str(seed), trainer=QUIET)
+    assert len(drawn) == 2 * 12 * 8
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_step_s_generator_is_its_own() -> None:
+    keys = {
+        step_generator(seed, epoch, batch, purpose).initial_seed() % 2**32
+        for seed in range(6)
+        for epoch in range(300)
+        for batch in range(20)
+        for purpose in (4, 5)
+    }
+    assert len(keys) == 6 * 300 * 20 * 2
 
 
 def states(run: Path, stages: tuple[str, ...]) -> dict[str, torch.Tensor]:
