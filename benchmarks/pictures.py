@@ -113,6 +113,13 @@ def _series(rows: list[Row], cost: str) -> dict[tuple[str, str, int], dict[str, 
     }
 
 
+def _count_text(n: int) -> str:
+    for unit, scale in (("M", 10**6), ("k", 10**3)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return str(n)
+
+
 def curves(rows: list[Row], cost: str, file: Path) -> bool:
     """A panel for each series, a line for each provider, both axes logarithmic."""
     panels = _series(rows, cost)
@@ -143,6 +150,9 @@ def curves(rows: list[Row], cost: str, file: Path) -> bool:
         axis.set_title(f"{family}: {series}" + (f", D = {d}" if d else ""), fontsize=9)
         axis.set_xlabel({"langevin": "elements", "perceptual": "pixels"}.get(family, "N = M points"), fontsize=8)
         axis.grid(alpha=0.3, which="both")
+        measured = sorted({n for points in providers.values() for n, _ in points})
+        axis.set_xticks(measured, [_count_text(n) for n in measured], fontsize=8)
+        axis.xaxis.set_minor_formatter(lambda v, _: "")
         said = seconds_text if cost == "seconds" else results.bytes_text
         axis.yaxis.set_major_formatter(lambda v, _, said=said: said(v))
         low, high = axis.get_ylim()
@@ -195,7 +205,7 @@ def roofline(content: dict[str, Any], file: Path) -> bool:
         seen[f"shape: {family}"] = axis.scatter([], [], marker=MARKS[family], color="white", edgecolor="black")
     axis.set(xscale="log", yscale="log", xlabel="operations the work asks for, a byte that it has to move")
     axis.set_ylabel("operations a second")
-    axis.set_title("Each mark is one work by one provider: the nearer to the roof, the less time is wasted")
+    axis.set_title("Each mark is one work by one provider:\nthe nearer to the roof, the less time is wasted")
     axis.grid(alpha=0.3, which="both")
     figure.legend(seen.values(), seen.keys(), loc="outside right upper", fontsize=8)
     _save(figure, file)

@@ -377,7 +377,9 @@ def test_every_family_lists_its_works(harness: ModuleType) -> None:
             names = [work.name for work in found]
             assert len(names) == len(set(names))
             for work in found:
-                assert {"fastgen", "eager"} <= set(work.providers)
+                # Plain torch takes seconds a call for a million streamed rows: there FAISS is the peer.
+                peer = "faiss" if "streamed" in work.name else "eager"
+                assert {"fastgen", peer} <= set(work.providers)
                 assert work.series
 
 
