@@ -70,7 +70,7 @@ def _lpips_cpp(
     weight = weight.to(wide).contiguous()
     maps = (g0.data_ptr(), g1.data_ptr(), weight.data_ptr())
     sizes = (n, c, h * w, eps, eps_inside, last, _TYPES[g0.dtype], torch.get_num_threads())
-    keeps = keep or (grad is not None and kept is None)
+    keeps = keep or (grad is not None and (kept is None or kept.numel() == 0))  # empty of another kernel's forward
     if keeps:
         kept = g0.new_empty(2, 2, n, h, w, dtype=wide)
     kept_at = 0 if kept is None else kept.data_ptr()
@@ -117,9 +117,10 @@ def _lpips_layer(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside:
 
 
 def _keeps(f0: Tensor) -> Tensor:
-    """[scale or along, side, N, H, W]: of the CPU's kernel alone. A GPU has the norms again sooner than from memory."""
+    """[scale or along, side, N, H, W]: of the C++ kernel alone. A GPU has the norms again sooner than from memory."""
     n, _, h, w = f0.shape
-    return f0.new_empty(2, 2, n, h, w if f0.device.type == "cpu" else 0, dtype=reference.wide(f0.dtype))
+    kept = backend.choose("perceptual", f0.device) == "cpp"
+    return f0.new_empty(2, 2, n, h, w if kept else 0, dtype=reference.wide(f0.dtype))
 
 
 def _lpips_layer_kept(f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,13 @@
 """The public functions: values and gradients of any side, second order, compile, autocast, error messages."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 from fastgen import functional as F
+from fastgen.ops import backend
 
 
 def pyramid(n=2, dtype=torch.float64, relu=True):
@@ -46,6 +49,20 @@ def test_lpips_gradient_against_oracle(oracle):
         want = oracle.lpips_layer_gradients(f0[k], f1[k], w[k], upstream, "lpips")
         for g, expected in zip(got[k::2], want, strict=True):
             torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_the_gradient_is_right_whatever_ran_the_forward_pass(sides):
+    f0, f1, w = pyramid(3), pyramid(3), heads()
+    leaves = [t.requires_grad_() for group, need in zip((f0, f1), sides, strict=True) if need for t in group]
+    found = []
+    for kernels in itertools.product(("cpp", "reference"), repeat=2):
+        with backend.force(kernels[0]):
+            value = F.lpips_distance(f0, f1, w)
+        with backend.force(kernels[1]):
+            found.append(torch.autograd.grad(value.sum(), leaves))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
 
 
 def test_create_graph_gives_the_same_gradient():
