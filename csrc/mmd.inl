@@ -43,9 +43,9 @@ void mmd_kernel(const MmdArguments<T>& arguments) {
     using Few = Teams<T, Kernel, second>;
     const bool few = All::few(arguments);
     if (arguments.batch < arguments.threads || arguments.batch == 1) {
-        // Some ten microseconds of work are not worth waking a thread for.
-        const double points = double(arguments.n + arguments.m), work = points * points * double(arguments.d + 16);
         if (few) {
+            // Some ten microseconds of work are not worth waking a thread for.
+            const double points = double(arguments.n + arguments.m), work = points * points * double(arguments.d + 16);
             Few teams(arguments, std::min(arguments.threads, work < 1e6 ? 1 : 2));
             for (int64_t item = 0; item < arguments.batch; ++item) teams.run(item);
         } else {

@@ -139,7 +139,6 @@ struct Pairs {
                                      : arguments.y_weight + item * arguments.m + (t - tiles_x) * tile;
             for (int64_t i = 0; i < tile; ++i) weights[t * tile + i] = i < count ? w[i] : T(0);
         }
-        clear(t);
     }
 
     void clear(int64_t t) {
@@ -396,7 +395,10 @@ struct Pairs {
 #pragma omp single
             find_centre(partial, centre);
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tiles; ++t) pack(t, item, centre);
+            for (int64_t t = 0; t < tiles; ++t) {
+                pack(t, item, centre);
+                clear(t);
+            }
             for (int64_t round = 0; round < rounds; ++round) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t k = 0; k < seats / 2; ++k) {

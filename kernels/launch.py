@@ -87,6 +87,7 @@ def lpips_project(
 ) -> Tensor:
     """[N, dim] in float32; f dense, `last` says channels_last. Two launches: each pixel's scale, then the buckets."""
     from fastgen.kernels import perceptual as kernels
+    from fastgen.kernels.langevin import _signed
 
     n, channels, pixels = f.shape[0], f.shape[1], f.shape[2] * f.shape[3]
     blocks, tiles = lpips_blocks(channels), project_blocks(dim)
@@ -101,7 +102,7 @@ def lpips_project(
             kernels._lpips_scale_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
                 f, scale, pixels, channels, eps, INSIDE=inside, LAST=last, **blocks, **kernels.OPTIONS
             )
-            words = ((seed + 2**31) % 2**32 - 2**31, (seed >> 32))  # of 32 bits with a sign, as seed is one of 64
+            words = _signed(seed), _signed(seed >> 32)
             kernels._project_kernel[(n * splits, -(-dim // tiles["BLOCK_D"]))](
                 *(f, scale, root, partial, pixels, channels, dim, layer, *words, splits, share),
                 LAST=last,
@@ -122,12 +123,13 @@ def lpips_project_backward(
 ) -> Tensor:
     """The gradient of f, dense, of what has the gradient grad [N, dim]."""
     from fastgen.kernels import perceptual as kernels
+    from fastgen.kernels.langevin import _signed
 
     n, channels, pixels, dim = f.shape[0], f.shape[1], f.shape[2] * f.shape[3], grad.shape[1]
     blocks = unproject_blocks(channels)
     root = (weight.to(torch.float64) / pixels).sqrt().to(torch.float32)
     grad, out = grad.to(torch.float32).contiguous(), torch.empty_like(f)
-    words = ((seed + 2**31) % 2**32 - 2**31, (seed >> 32))
+    words = _signed(seed), _signed(seed >> 32)
     if n:
         with torch.cuda.device_of(f):
             kernels._unproject_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
