@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import machine, memory, results
-from benchmarks.harness import PATIENCE, Measurer, Work, seconds_text
+from benchmarks.harness import FAMILIES, PATIENCE, Measurer, Work, seconds_text
 
-FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 DEMO_PROVIDERS = ["fastgen", "eager"]  # others are for those who ask: compiling and loading them takes its time
 ROUNDS = {"demo": 5, "quick": 5, "full": 11, "huge": 11}
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks import machine, results
+from benchmarks.harness import FAMILIES
 
-FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 SECONDS = 560.0  # a stage stops of itself before ten minutes; the next call goes on
 WORTH = 1.02  # a configuration has to be this much faster than the table's to replace it
 SANITIZERS = ("memcheck", "racecheck")

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks import memory, results
-from benchmarks.harness import Row, Work, seconds_text
+from benchmarks.harness import FAMILIES, Row, Work, seconds_text
 from benchmarks.harness import size_of as size_of_inputs
 
-FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 POINTS = 3  # the largest sizes, where fixed costs count least
 PROBE_SECONDS, TIMEOUT = 4.0, 30.0  # what a call may be expected to take, and it with its compiler
 PRECISION = 1.05  # the search ends when the least N that does not fit is within this factor

@@ -16,6 +16,7 @@ from benchmarks import machine
 Run = Callable[[], Any]  # returns a tensor or a tuple of them: what is compared with the oracle
 Setup = Callable[[Any], Run]
 Row = dict[str, Any]
+FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 DEVICES = ("cpu", "cuda")
 COPIES = 8  # of the inputs at most: beyond that they are small enough to stay in the cache in use, too
 PATIENCE = 10.0  # seconds that one call may take
