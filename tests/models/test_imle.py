@@ -1,11 +1,8 @@
-"""IMLE finds the nearest of a pool that is never stored, learns, resumes to the bit, and splits over processes."""
+"""IMLE learns, resumes to the bit, and splits over processes."""
 
-import inspect
 import itertools
-import multiprocessing
 import signal
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from fastgen.check import UserError
 from fastgen.models import imle_image
 from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_image import IMLE, RSIMLE, key
-from fastgen.models.imle_pool import NONE, codes, search_own, search_pool
+from fastgen.models.imle_pool import codes
 from fastgen.models.imle_reverse import IMLEReverse, reverse_loss
 from fastgen.models.imle_space import Components, Perceptual
 from fastgen.models.run import Run
@@ -37,6 +34,7 @@ SMALL: dict[str, Any] = {
     "checkpoint_every": 2,
 }
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
+Apart = Callable[..., list[int | None]]
 
 
 @pytest.fixture(scope="module")
@@ -73,128 +71,6 @@ def rows_of(run: Path, stage: str = "imle") -> list[dict[str, str]]:
         with open(file, newline="") as lines:
             found += list(csv.DictReader(lines))
     return found
-
-
-# The search ----------------------------------------------------------------------------------------------------------
-
-
-def made(ids: Tensor) -> Tensor:
-    """A pool whose samples can be looked at one by one; every fourth repeats an older one, so that there are ties."""
-    return codes(ids - 2 * (ids % 4 == 3).long(), 5, 7) * torch.tensor([3.0, 2, 1, 1, 0.1])
-
-
-def brute(query: Tensor, first: int, count: int, radius: float) -> tuple[Tensor, Tensor]:
-    """Naively, in float64, with the distances rounded to float32 as the contract has them."""
-    pool = made(torch.arange(first, first + count)).double()
-    distance = (query.double()[:, None] - pool).square().sum(2).float()
-    distance[:, (distance < radius**2).any(0)] = torch.inf
-    best = distance.min(1)
-    return best.values, (distance == best.values[:, None]).int().argmax(1) + first
-
-
-@pytest.mark.parametrize("radius", [0.0, 1.2])
-@pytest.mark.parametrize(("n", "count", "chunk", "block"), [(37, 211, 50, 37), (13, 64, 64, 5), (5, 3, 100, 1)])
-def test_search_finds_the_nearest_of_all(n: int, count: int, chunk: int, block: int, radius: float) -> None:
-    query = torch.randn(n, 5)
-    radius = radius if count > 10 else 0.0
-    most = 0
-
-    def counted(ids: Tensor) -> Tensor:
-        nonlocal most
-        most = max(most, len(ids))
-        return made(ids)
-
-    found = search_pool(
-        lambda: iter(query.split(block)), counted, first=10**12 + 2, count=count, chunk=chunk, radius=radius
-    )
-    distance, ids = brute(query, 10**12 + 2, count, radius)
-    assert torch.equal(found.id, ids)
-    torch.testing.assert_close(found.distance, distance)
-    if radius:
-        assert not torch.equal(ids, brute(query, 10**12 + 2, count, 0)[1])  # the radius did reject some
-    assert most <= chunk
-
-
-def test_a_pool_that_is_rejected_whole_has_no_winner() -> None:
-    query = torch.randn(4, 5)
-    found = search_pool(lambda: iter([query]), made, first=0, count=9, chunk=4, radius=100.0)
-    assert found.distance.isinf().all()
-    assert (found.id == NONE).all()
-
-
-def test_own_samples() -> None:
-    points = torch.randn(11, 5)
-    rows = torch.randperm(40)[:11]
-    asked = []
-
-    def own(ids: Tensor, whose: Tensor) -> Tensor:
-        asked.append(len(ids))
-        return made(ids) + whose[:, None]
-
-    found = search_own(lambda: zip(rows.split(4), points.split(4), strict=True), own, first=1000, pool=6, chunk=13)
-    for row, point, distance, number in zip(rows.tolist(), points, *found, strict=True):
-        ids = torch.arange(1000 + row * 6, 1000 + row * 6 + 6)
-        all_distances = (point.double() - (made(ids) + row).double()).square().sum(1)
-        assert number == ids[all_distances.argmin()]
-        assert float(distance) == pytest.approx(float(all_distances.min()), rel=1e-6)
-    assert max(asked) <= 13
-
-
-SPLIT = """
-import torch
-from fastgen.models import processes
-from fastgen.models.imle_pool import codes, search_own, search_pool
-{made}
-with processes.joined():
-    torch.manual_seed(0)
-    query = torch.randn(23, 5)
-    for radius in (0.0, 1.2):
-        found = search_pool(lambda: iter(query.split(9)), made, first=5, count=333, chunk=40, radius=radius)
-        own = search_own(lambda: [(torch.arange(23), query)], lambda i, w: made(i), first=9, pool=4, chunk=9)
-        torch.save([*found, *own], {out!r} + f"/{{radius}}-{{processes.rank()}}.pt")
-"""
-
-
-def run_apart(code: str, processes: int = 1) -> list[int | None]:
-    """Exit codes of processes that run `code` as torchrun would start them; their imports are made once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "fastgen.models.imle_image", "fastgen.models.imle_reverse"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-        told = {name: str(value) for name, value in environment.items()} if processes > 1 else {}
-        before = f"import os, torch; os.environ.update({told!r}); torch.set_num_threads(1)\n"
-        child = context.Process(target=exec, args=(before + code, {"__name__": "child"}))
-        child.start()
-        started.append(child)
-    for child in started:
-        child.join(200)
-        child.kill()
-    return [child.exitcode for child in started]
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_finds_the_same(tmp_path: Path, count: int) -> None:
-    assert (
-        run_apart(SPLIT.format(made=inspect.getsource(made), out=str(tmp_path)).replace("Tensor", "object"), count)
-        == [0] * count
-    )
-    torch.manual_seed(0)
-    query = torch.randn(23, 5)
-    for radius in (0.0, 1.2):
-        one = search_pool(lambda: iter(query.split(9)), made, first=5, count=333, chunk=40, radius=radius)
-        own = search_own(lambda: [(torch.arange(23), query)], lambda i, w: made(i), first=9, pool=4, chunk=9)
-        for rank in range(count):
-            found = torch.load(tmp_path / f"{radius}-{rank}.pt", weights_only=True)
-            for a, b in zip((*one, *own), found, strict=True):
-                assert torch.equal(a, b)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
 
 
 def told(run: Path, stage: str = "imle") -> list[dict[str, str]]:
@@ -272,7 +148,7 @@ model_class({name!r})(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "
 
 @pytest.mark.parametrize("when", [(2, 3), (1, 0)])
 def test_resume_after_kill_9_in_the_middle_of_an_epoch(
-    images: data.Images, whole: Path, tmp_path: Path, when: tuple[int, int]
+    images: data.Images, whole: Path, tmp_path: Path, run_apart: Apart, when: tuple[int, int]
 ) -> None:
     out = tmp_path / "run"
     code = KILLED.format(small=SMALL, out=str(out), quiet=QUIET, when=when, name="imle")
@@ -432,7 +308,7 @@ def test_reverse_loss_has_a_plus() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path) -> None:
+def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path, run_apart: Apart) -> None:
     settings = {"noise_dim": 4, "hidden": 32, "hidden_layers": 1, "epochs": 30, "reals": 16, "batch": 8, "others": 16}
     settings |= {"lr": 3e-3, "checkpoint_every": 3, "warm_up": 0.2}
     first = IMLEReverse(**settings).fit(images, tmp_path / "whole", trainer=QUIET)
@@ -466,7 +342,7 @@ def test_reverse_warms_up_as_imle_does(images: data.Images, tmp_path: Path) -> N
 
 
 def test_two_processes_train_and_a_changed_number_of_processes_is_told(
-    npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    npy: Path, tmp_path: Path, run_apart: Apart, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
