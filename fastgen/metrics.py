@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen import check
 from fastgen.functional import Polynomial, mmd, nearest
+from fastgen.functional.nearest import distances
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
@@ -54,15 +55,13 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
         if len(points) <= k:
             raise ValueError(f"{name}: expected more than k = {k} points, got {len(points)}")
     real_radius, fake_radius = _radius(real, k), _radius(fake, k)
-    hits = torch.zeros(len(fake), dtype=torch.int64)
-    inside_fake = torch.zeros(len(real), dtype=torch.bool)
+    hits = torch.zeros(len(fake), dtype=torch.int64, device=real.device)
+    inside_fake = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for start in range(0, len(real), block):
         part = slice(start, start + block)
         for left in range(0, len(fake), block):
             other = slice(left, left + block)
-            # Subtracted, and rounded as the radii are: what is a tie there is one here.
-            pair = real[part].double(), fake[other].double()
-            distance = torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").square().float()
+            distance = distances(real[part], fake[other])  # rounded as the radii are: a tie there is one here
             hits[other] += (distance < real_radius[part, None]).sum(0)
             inside_fake[part] |= (distance < fake_radius[other]).any(1)
     covered = nearest(real, fake).distance[:, 0] < real_radius

@@ -103,6 +103,13 @@ def rejected(query: Tensor, database: Tensor, exclude_radius: float) -> Tensor:
     return distance.double() < exclude_radius * exclude_radius
 
 
+def distances(query: Tensor, database: Tensor) -> Tensor:
+    """[N, M] float32: all of them, to the bit as `nearest` has them."""
+    index = torch.arange(len(database), device=query.device).expand(len(query), -1)
+    out: Tensor = torch.ops.fastgen.nearest_distance(query, database, index)
+    return out
+
+
 class _Distance(torch.autograd.Function):
     """‖q − b‖² of the chosen pairs. The backward is plain torch, so autograd differentiates it again."""
 

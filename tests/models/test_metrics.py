@@ -55,6 +55,14 @@ def test_same_points_and_far_points() -> None:
     assert metrics.manifold(x, x + 1000) == (0, 0, 0, 0)
 
 
+def test_a_tie_is_outside_the_ball() -> None:
+    """Bytes as features: every other squared distance lies half-way between two float32 numbers."""
+    x = torch.randint(0, 256, (60, 2500)).float()
+    assert (x[0] - x[1]).double().square().sum() > 2**24
+    copies = metrics.manifold(x, x[torch.randperm(60)], 3)
+    assert copies == (1, 1, 1, 1)  # the third neighbour lies on the ball, not in it: k points in each
+
+
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_two_sample_accuracy(k: int) -> None:
     random = np.random.default_rng(k)
