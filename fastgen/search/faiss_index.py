@@ -104,7 +104,8 @@ class FaissIndex:
             raise ValueError(f"points: expected a trained index for spec {self.spec!r}: call train first")
         for raw in self._raw("points", points):
             rows = self._handed(raw)
-            self._inner.add_c(len(rows), self._pointer(rows))
+            with _named("points", f"rows that {self.spec!r} can add"):
+                self._inner.add_c(len(rows), self._pointer(rows))
         self._index.ntotal = self._inner.ntotal
         return self
 

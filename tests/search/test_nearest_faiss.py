@@ -240,6 +240,8 @@ def test_what_faiss_refuses_is_named(tmp_path):
         ValueError, match=r"points: expected enough of them to train 'IVF64,Flat', but FAISS says: .* \(5\) should"
     ):
         FaissIndex("IVF64,Flat").train(points[:5])
+    with pytest.raises(ValueError, match="points: expected rows that 'IDMap,Flat' can add, but FAISS says: add does"):
+        FaissIndex("IDMap,Flat").add(points)
     index = FaissIndex("IVF4,Flat").train(points).add(points)
     for wrong in ("nprobe", "efSearch=3"):
         with pytest.raises(ValueError, match="parameters: expected ones of spec 'IVF4,Flat'"):
