@@ -1,7 +1,12 @@
 """Nearest's benchmark: the team of processes, the cost on paper, and the rows on which peers are wrong."""
 
+import re
+import shlex
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -121,3 +126,21 @@ def test_streamed_rows(ring: ModuleType) -> None:
     names = {scale: [work.name for work in nearest.works(scale)] for scale in ("full", "huge")}
     assert "top-1 of 1000 x 10000000 x 64, streamed" in names["huge"]
     assert {work for _, family, work in report.README_ROWS if family == "nearest"} <= set(names["full"])
+
+
+def test_the_readme_s_ten_million_rows(
+    ring: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its command as written, but over two chunks, and without the memory, which is measured in other processes."""
+    from benchmarks import __main__ as command
+    from benchmarks import machine, memory, nearest
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (words,) = re.findall(r"`python -m benchmarks (.*? --huge .*?)`", readme)
+    streamed, small = nearest._streamed_work, partial(nearest.stream, 1000, nearest.CHUNK + 7, 64)
+    monkeypatch.setattr(nearest, "_streamed_work", lambda *size: replace(streamed(*size), inputs=small))
+    monkeypatch.setattr(memory, "limit_process", lambda: None)
+    monkeypatch.setattr(machine, "limits", lambda device, quick: {})
+    assert command.main([*shlex.split(words), "--no-memory"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"top-1 of 1000 x 10000000 x 64, streamed \| fastgen \| .*100.*% right", said), said
