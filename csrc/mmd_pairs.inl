@@ -40,7 +40,7 @@ struct Pairs {
     const MmdArguments<T>& arguments;
     const Kernel kernel;
     const int64_t d, width, stride, tile, tiles_x, tiles_y, tiles, last_chunk;
-    const bool exclude_same, exclude_cross, weighted;
+    const bool thin, exclude_same, exclude_cross, weighted;
     Buffer<T> memory;                 // of all that follows
     T *const rows, *const panels;     // of each field: the points by rows and in panels of columns
     T *const norms, *const along, *const weights;  // ‖z‖², −2⟨z, v⟩, the points' weights
@@ -63,23 +63,26 @@ struct Pairs {
           tiles_y((arguments_.m + tile - 1) / tile),
           tiles(tiles_x + tiles_y),
           last_chunk((arguments_.d - 1) / chunk * chunk),
+          thin(width < lanes),
           exclude_same(metric != inner || arguments_.estimator != 1),
           exclude_cross(arguments_.estimator == 2),
           weighted(arguments_.x_weight != nullptr),
-          memory(tiles * tile * (fields * (stride + d + 1) + 1 + second + weighted) + pulled_tiles() * tile * stride),
+          memory(tiles * tile * (fields * (stride + d + 1) + 1 + second + weighted) +
+                 pulled_tiles() * tile * (stride + thin * width)),
           rows(memory.data),
           panels(rows + fields * tiles * tile * stride),
           norms(panels + fields * tiles * tile * d),
           along(norms + tiles * tile),
           weights(along + second * tiles * tile),
           gradient(weights + weighted * tiles * tile),
-          slopes(gradient + pulled_tiles() * tile * stride),
+          slopes(gradient + pulled_tiles() * tile * (stride + thin * width)),
           sums(tiles) {}
 
     int64_t pulled_tiles() const { return arguments.gx == nullptr ? 0 : tiles_x + (arguments.gy ? tiles_y : 0); }
     T* rows_of(int64_t t, int field = 0) const { return rows + (field * tiles + t) * tile * stride; }
     T* panels_of(int64_t t, int field = 0) const { return panels + (field * tiles + t) * tile * d; }
-    T* gradient_of(int64_t t) const { return gradient + t * tile * stride; }
+    T* gradient_of(int64_t t) const { return gradient + t * tile * (stride + thin * width); }
+    T* across_of(int64_t t) const { return gradient_of(t) + tile * stride; }  // of thin points another part, transposed
     T* slopes_of(int64_t t, int field = 0) const { return slopes + (field * tiles + t) * tile; }
 
     void set_coefficients(int64_t item) {
@@ -122,18 +125,29 @@ struct Pairs {
             }
             for (int64_t block = 0; block < tile; block += panel)
                 for (int64_t c0 = 0; c0 < d; c0 += lanes)  // a cache line of each row
-                    for (int64_t l = 0; l < panel; ++l)
-                        for (int64_t c = c0; c < std::min(d, c0 + lanes); ++c)
+                    for (int64_t c = c0; c < std::min(d, c0 + lanes); ++c)
+                        for (int64_t l = 0; l < panel; ++l)
                             p[block * d + c * panel + l] = z[(block + l) * stride + c] * in_panels;
         }
         T* h = norms + t * tile;
-        for (int64_t i = 0; i < tile; ++i) {
-            const T* z = rows_of(t) + i * stride;
-            const double norm = product(z, z);
-            h[i] = i >= count ? no_pair : metric == expanded ? T(norm) : T(0);
-            if (!Kernel::vanishes && i < count && !(norm < none<T> / 4)) h[i] = std::numeric_limits<T>::quiet_NaN();
-            if constexpr (second) along[t * tile + i] = T(-2 * product(z, rows_of(t, 1) + i * stride));
+        for (int64_t block = 0; block < tile; block += panel) {
+            Wide squares[4] = {};
+            for (int64_t c = 0; c < d; ++c)
+                for (int part = 0; part < 4; ++part) {
+                    const Wide z = wide(panels_of(t) + block * d + c * panel + part * side);
+                    squares[part] += z * z;
+                }
+            for (int64_t l = 0; l < panel; ++l) {
+                const double norm = squares[l / side][l % side] / (in_panels * in_panels);
+                const bool outside = !Kernel::vanishes && !(norm < none<T> / 4);
+                h[block + l] = block + l >= count ? no_pair
+                               : outside          ? std::numeric_limits<T>::quiet_NaN()
+                               : metric == expanded ? T(norm)
+                                                    : T(0);
+            }
         }
+        for (int64_t i = 0; i < tile && second; ++i)
+            along[t * tile + i] = T(-2 * product(rows_of(t) + i * stride, rows_of(t, 1) + i * stride));
         if (weighted) {
             const T* w = t < tiles_x ? arguments.x_weight + item * arguments.n + t * tile
                                      : arguments.y_weight + item * arguments.m + (t - tiles_x) * tile;
@@ -143,7 +157,7 @@ struct Pairs {
 
     void clear(int64_t t) {
         for (int field = 0; field < fields; ++field) std::memset(slopes_of(t, field), 0, tile * sizeof(T));
-        if (wants_gradient(t)) std::memset(gradient_of(t), 0, tile * stride * sizeof(T));
+        if (wants_gradient(t)) std::memset(gradient_of(t), 0, tile * (stride + thin * width) * sizeof(T));
         sums[t] = 0;
     }
 
@@ -240,15 +254,23 @@ struct Pairs {
     }
 
     // For `strip` rows from i and the columns of tile b: the last chunk's products, then the kernel's sum; and into w, of
-    // order 1, the slopes, of order 2 also the bends times the projections.
+    // order 1, the slopes, of order 2 also the bends times the projections. Of a tile against itself no panel left of the
+    // rows' own: those pairs are met the other way round.
     template <int order, bool weighing>
     __attribute__((noinline)) double sweep(int64_t a, int64_t b, int64_t i, int64_t columns, bool diagonal, T* w,
-                                           V* column_slopes, T pulled) const {
+                                           V* column_slopes, bool pulls_rows, T pulled) const {
+        const int64_t begin = a == b ? i / panel * panel : 0;
+        const bool right = a != b || begin + panel < columns;  // whether any column's panel is not the rows' own
         V total{};
         V row_slopes[fields][strip];
         for (auto& field : row_slopes)
             for (V& s : field) s = V{};
-        for (int64_t j = 0; j < columns; j += panel) {
+        for (int64_t j = begin; j < columns; j += panel) {
+            if (a == b && j == begin + panel) {  // so far both orders of each pair, from here on one
+                total *= T(0.5);
+                for (auto& field : row_slopes)
+                    for (V& s : field) s = V{};
+            }
             V u[strip][2], projections[strip][2];
             if constexpr (order > 1) {
                 start_projections(j, last_chunk > 0, w, projections);
@@ -296,60 +318,81 @@ struct Pairs {
                     }
                 }
         }
-        if constexpr (order > 0)
+        if (order > 0 && pulls_rows && right)
             for (int field = 0; field < fields; ++field)
                 for (int r = 0; r < strip; ++r)
                     slopes_of(a, field)[i + r] += pulled * T(lane_sum<T>(&row_slopes[field][r]));
-        return lane_sum<T>(&total);
+        return (a == b && right ? 2 : 1) * lane_sum<T>(&total);
     }
 
     template <bool weighing>
     void task_of(int64_t a, int64_t b) {
-        if (wants_gradient(b) && !wants_gradient(a)) std::swap(a, b);
-        const bool same = (a < tiles_x) == (b < tiles_x), for_a = wants_gradient(a);
+        if (wants_gradient(a) && !wants_gradient(b)) std::swap(a, b);
+        const bool same = (a < tiles_x) == (b < tiles_x);
         const int which = !same ? 2 : a < tiles_x ? 0 : 1;
         if ((arguments.terms >> which & 1) == 0) return;
-        const bool for_b = a != b && wants_gradient(b);
+        const bool pulls_columns = wants_gradient(b), pulls_rows = wants_gradient(a);
+        if (second && !pulls_columns) return;
         const bool diagonal = (a == b && exclude_same) ||
                               (exclude_cross && std::max(a, b) - std::min(a, b) == tiles_x && !same);
         const T pulled = T(pull[which]);
         const int64_t filled = (points(a) + strip - 1) / strip * strip, columns = (points(b) + panel - 1) / panel * panel;
-        if (second && !for_a) return;
         double total = 0;
         alignas(64) T w[fields * kept];
         V column_slopes[fields * largest / lanes] = {};
         products(a, b, filled, columns, w);
         for (int64_t i = 0; i < filled; i += strip)
-            total += for_a ? sweep<gradients, weighing>(a, b, i, columns, diagonal, w + i * pitch, column_slopes, pulled)
-                           : sweep<0, weighing>(a, b, i, columns, diagonal, w + i * pitch, nullptr, pulled);
-        for (int field = 0; field < fields && for_a; ++field) {
+            total += pulls_columns ? sweep<gradients, weighing>(a, b, i, columns, diagonal, w + i * pitch, column_slopes,
+                                                                pulls_rows, pulled)
+                                   : sweep<0, weighing>(a, b, i, columns, diagonal, w + i * pitch, nullptr, false, pulled);
+        for (int field = 0; field < fields && pulls_columns; ++field) {
             const T* factors = w + field * kept;
             const int of = fields - 1 - field;  // slopes pull towards the directions, bends towards the points
-            gather<T>(factors, pitch, 1, filled, columns, rows_of(b, of), gradient_of(a), width, stride, pulled);
-            if (for_b) gather<T>(factors, 1, pitch, columns, filled, rows_of(a, of), gradient_of(b), width, stride, pulled);
-        }
-        for (int field = 0; field < fields && for_b; ++field)
+            // Of a tile against itself panel by panel: the columns take the rows down to their own, the rows the columns
+            // right of that.
+            const int64_t breadth = a == b ? panel : columns, height = a == b ? panel : filled;
+            for (int64_t j = 0; j < columns; j += breadth) {
+                const int64_t terms = a == b ? std::min(filled, j + panel) : filled;
+                if (thin)
+                    gather_across<T>(factors + j, pitch, terms, breadth, rows_of(a, of), stride, across_of(b) + j, tile, d,
+                                     pulled);
+                else
+                    gather<T>(factors + j, 1, pitch, breadth, terms, rows_of(a, of), gradient_of(b) + j * stride, width, stride,
+                              pulled);
+            }
+            for (int64_t i = 0; i < filled && pulls_rows; i += height) {
+                const int64_t j = a == b ? i + panel : 0;
+                gather<T>(factors + i * pitch + j, pitch, 1, std::min(height, filled - i), columns - j,
+                          rows_of(b, of) + j * stride, gradient_of(a) + i * stride, width, stride, pulled);
+            }
             for (int64_t j = 0; j < columns; j += lanes)
                 *(V*)(slopes_of(b, field) + j) += column_slopes[(field * largest + j) / lanes] * pulled;
+        }
         sums[a] += total * coefficient[which] * (a == b ? 1 : 2);  // a tile against itself meets each pair twice
     }
 
     void task(int64_t a, int64_t b) { weighted ? task_of<true>(a, b) : task_of<false>(a, b); }
 
     // gx and gy: where this item's gradients go, or null.
-    void finish(int64_t t, T* gx, T* gy, double scale) const {
+    void finish(int64_t t, T* gx, T* gy, double scale) {
         if (!wants_gradient(t)) return;
         T* out = t < tiles_x ? gx + t * tile * d : gy + (t - tiles_x) * tile * d;
-        const T* g = gradient_of(t);
+        T* g = gradient_of(t);
+        for (int64_t i = 0; i < tile && thin; ++i)
+            for (int64_t c = 0; c < d; ++c) g[i * stride + c] += across_of(t)[c * tile + i];
         for (int64_t i = 0, count = points(t); i < count; ++i) {
             const T *z = rows_of(t, fields - 1) + i * stride, *v = rows_of(t) + i * stride;
-            const T w = metric == inner ? T(0) : slopes_of(t)[i];
-            const T e = metric == inner || !second ? T(0) : slopes_of(t, fields - 1)[i];
-            for (int64_t c = 0; c < d; ++c) {
-                T sum = g[i * stride + c] - w * z[c];
-                if (second) sum -= e * v[c];
-                out[i * d + c] = T(scale * sum);
+            const double w = metric == inner ? 0 : slopes_of(t)[i];
+            const double e = metric == inner || !second ? 0 : slopes_of(t, fields - 1)[i];
+            int64_t c = 0;
+            for (; c + side <= d; c += side) {
+                Wide sum = wide(g + i * stride + c) - w * wide(z + c);
+                if (second) sum -= e * wide(v + c);
+                const Half scaled = __builtin_convertvector(sum * scale, Half);
+                std::memcpy(out + i * d + c, &scaled, sizeof(scaled));
             }
+            for (; c < d; ++c)
+                out[i * d + c] = T(scale * (g[i * stride + c] - w * z[c] - (second ? e * v[c] : 0)));
         }
     }
 
@@ -362,14 +405,19 @@ struct Pairs {
 
     void add_up(int64_t t, int64_t item, double* sums) const {
         const T* source = points_of(item, t, 0);
-        for (int64_t i = 0, count = points(t); i < count; ++i, source += d) {
+        const int64_t count = points(t), fours = count / 4 * 4;  // at once: a sum in memory waits for the one before
+        for (int64_t i = 0; i < fours; i += 4, source += 4 * d) {
             int64_t c = 0;
             for (; c + side <= d; c += side) {
-                const Wide sum = load(sums + c) + wide(source + c);
+                const Wide sum = load(sums + c) + ((wide(source + c) + wide(source + d + c)) +
+                                                   (wide(source + 2 * d + c) + wide(source + 3 * d + c)));
                 std::memcpy(sums + c, &sum, sizeof(sum));
             }
-            for (; c < d; ++c) sums[c] += source[c];
+            for (; c < d; ++c)
+                sums[c] += (double(source[c]) + source[d + c]) + (double(source[2 * d + c]) + source[3 * d + c]);
         }
+        for (int64_t i = fours; i < count; ++i, source += d)
+            for (int64_t c = 0; c < d; ++c) sums[c] += source[c];
     }
 
     void find_centre(const std::vector<double>& partial, std::vector<double>& centre) const {

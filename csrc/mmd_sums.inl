@@ -69,3 +69,26 @@ void gather(const T* w, int64_t step_a, int64_t step_b, int64_t count_a, int64_t
         }
     }
 }
+
+// Of points of few coordinates: columns b take Σ_a w[a][b] z_a into g, which has a row for each coordinate. As many
+// multiplications for a vector of pairs as the points have coordinates, where rows of half a vector would take sixteen.
+template <class T>
+void gather_across(const T* w, int64_t pitch, int64_t terms, int64_t columns, const T* z, int64_t stride, T* g,
+                   int64_t row, int64_t d, T scale) {
+    using V = Vec<T>;
+    constexpr int lanes = Lanes<T>::count, count = std::min(4, lanes / 2);  // points are padded to half a vector
+    for (int64_t b = 0; b < columns; b += 2 * lanes)
+        for (int64_t c = 0; c < d; c += count) {
+            V sums[count][2] = {};
+            for (int64_t a = 0; a < terms; ++a) {
+                const V w0 = *(const V*)(w + a * pitch + b), w1 = *(const V*)(w + a * pitch + b + lanes);
+                for (int k = 0; k < count; ++k) {
+                    const T factor = z[a * stride + c + k];
+                    sums[k][0] += w0 * factor;
+                    sums[k][1] += w1 * factor;
+                }
+            }
+            for (int k = 0; k < count; ++k)
+                for (int v = 0; v < 2; ++v) *(V*)(g + (c + k) * row + b + v * lanes) += sums[k][v] * scale;
+        }
+}

@@ -241,11 +241,20 @@ def call(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tens
     return (found,) if sides == 0 else found
 
 
+def transformed(x: Tensor, y: Tensor) -> bool:
+    """Whether functorch has a hand in this, were it by a tensor kept from a transform that is over."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._functorch.is_functorch_wrapped_tensor(y)
+    )
+
+
 def _watched(x: Tensor, y: Tensor) -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or transformed(x, y)
         or torch._C._get_tracing_state()
         or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
         or y.is_neg()

@@ -324,6 +324,16 @@ def test_autocast_sums_in_float32(name: str, run: str) -> None:
         assert torch.equal(mixed, F.mmd(x.bfloat16().float(), y, kernel=name))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_points_kept_from_a_transform_that_is_over(grad: bool) -> None:
+    x, y, kept = torch.randn(9, 3), torch.randn(8, 3), []
+    torch.func.grad(lambda a: (kept.append(2 * a), a.sum())[1])(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(F.mmd(kept[0], y), F.mmd(2 * x, y), rtol=0, atol=2e-6)
+        torch.testing.assert_close(F.mmd(y, kept[0]), F.mmd(y, 2 * x), rtol=0, atol=2e-6)
+
+
 def test_vmap_raises() -> None:
     x = torch.randn(3, 5, 2, requires_grad=True)
     for points in (x, x.detach()):
