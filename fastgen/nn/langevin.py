@@ -130,8 +130,8 @@ class LangevinSampler(nn.Module):
         self._step(x, torch.zeros_like(x), *probe, seed=0, step=0)
 
     def extra_repr(self) -> str:
-        names = ("step_size", "n_steps", "noise_scale", "prior_scale", "grad_clip", "clamp", "method")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = "step_size n_steps noise_scale prior_scale grad_clip clamp method burn_in thin on_divergence cuda_graph"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
     def forward(
         self,

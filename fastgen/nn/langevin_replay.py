@@ -93,9 +93,8 @@ class ReplayBuffer(nn.Module):
 
     def extra_repr(self) -> str:
         kept = check.short(self.storage.dtype)
-        return (
-            f"{self.capacity}, {self.shape}, reinit_probability={self.reinit_probability}, init={self.init!r}, {kept}"
-        )
+        options = f"reinit_probability={self.reinit_probability}, init={self.init!r}"
+        return f"{self.capacity}, {self.shape}, {options}, value_range={(self.low, self.high)}, {kept}"
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Moves between devices, but never a cast: the storage's type is the buffer's own, and so are its contents."""

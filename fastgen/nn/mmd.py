@@ -75,7 +75,8 @@ class MMDLoss(nn.Module):
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        return f"{self.kernel}, estimator={self.estimator!r}, precision={self.precision!r}"
+        options = f"estimator={self.estimator!r}, precision={self.precision!r}, cache_y={self.cache_y}"
+        return f"{self.kernel}, {options}"
 
 
 def _counted(value: Any) -> bool:

@@ -99,6 +99,11 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("embed_avg", entries.clone())
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
+    def extra_repr(self) -> str:
+        names = "decay eps commitment_weight learnable_codebook threshold_ema_dead_code accept_image_fmap sync_codebook"
+        options = (f"{name}={getattr(self, name)!r}" for name in (*names.split(), "seed"))
+        return ", ".join([f"{self.dim}, {self.codebook_size}", *options])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "VectorQuantizer":
         twin = type(self).__new__(type(self))
         memo |= {id(self): twin, id(self.group): self.group}  # a process group has no copies

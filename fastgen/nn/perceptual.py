@@ -169,6 +169,10 @@ class PerceptualLoss(nn.Module):
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
         self.entered: list[Features] = []
 
+    def extra_repr(self) -> str:
+        names = ("layers", "layer_weight", "distance", "pixel_weight", "style_weight", "style_layers", "pad_to")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "reduction"))
+
     def _names(self, argument: str, layers: Sequence[str]) -> tuple[str, ...]:
         if isinstance(layers, str):
             raise TypeError(f"{argument}: expected a sequence of names, got the string {layers!r}")
@@ -235,6 +239,8 @@ def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Feat
     images_of("target", target)
     if target.shape != x.shape:
         raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
+    if isinstance(loss.trunk, trunks.Trunk):
+        trunks.fitted("target", target, loss.trunk)  # by its name here
     # A trainable trunk's parameters get a share through either side.
     wanted = target.requires_grad or any(parameter.requires_grad for parameter in loss.trunk.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
@@ -325,6 +331,9 @@ class GLANNLoss(nn.Module):
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
         self.trunk = trunks.trunk("vgg16", weights, mean=[0.5] * 3, std=[0.5] * 3)
         self.entered: list[Features] = []
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
 
     def size_of(self, images: Tensor) -> tuple[int, ...]:
         return sizes(images, 32 if images.shape[2] == 28 else None)

@@ -47,6 +47,9 @@ class PerceptualEmbedding(nn.Module):
             raise ValueError("lpips: expected heads >= 0, whose roots scale the channels; got a negative weight")
         self.lpips = lpips
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, seed={self.seed}"
+
     def forward(self, x: Tensor, normalize: bool = False) -> Tensor:
         if self.dim is not None:
             maps, weights = self.lpips.features(x, normalize).maps, [w.detach() for w in self.lpips.weights()]

@@ -150,7 +150,8 @@ class LPIPS(nn.Module):
             launches cost more than the work. CUDA images only; the maps are copied out of the graph's memory.
 
     forward(in0, in1, retPerLayer=False, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in
-    [0, 1]; CPU images outside warn once (on CUDA the look would wait for the device). Sides of at least 31 for "alex",
+    [0, 1], of the module's dtype or a narrower one; CPU images outside warn once (on CUDA the look would wait for the
+    device). Sides of at least 31 for "alex",
     16 for "vgg", 17 for "squeeze". One of the two may have N = 1 and is then compared with each of the other. in1 may
     be the cached maps of references, `lpips.target(images)`, and be left out inside `with lpips.target(images):`.
 
@@ -236,6 +237,10 @@ class LPIPS(nn.Module):
             kind, switch = "LPIPS" if lpips else "baseline", "on" if spatial else "off"
             print(f"Setting up [{kind}] perceptual loss: trunk [{net}], v[{version}], spatial [{switch}]")
 
+    def extra_repr(self) -> str:
+        names = ("version", "lpips", "spatial", "pnet_rand", "pnet_tune", "eps_mode", "one_batch", "cuda_graph")
+        return ", ".join([f"net={self.pnet_type!r}", *(f"{name}={getattr(self, name)!r}" for name in names)])
+
     def _load_heads(self, path: str | os.PathLike[str]) -> None:
         state = trunks.read_weights(path)
         for k, head in enumerate(self.lins):
@@ -249,6 +254,10 @@ class LPIPS(nn.Module):
         trunk = {key[4:]: value for key, value in state.items() if isinstance(key, str) and key.startswith("net.")}
         if trunk:
             trunks.load(self.net, trunk, str(path))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        trunks.compile_module(self.net, self.whole, self.cuda_graph)  # torch leaves it out of copies
 
     def train(self, mode: bool = True) -> "LPIPS":
         return super().train(mode and not self._pinned)
@@ -282,7 +291,7 @@ class LPIPS(nn.Module):
             warnings.warn(message, stacklevel=4)
 
     def _run(self, images: Tensor, normalize: bool, use: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
-        images_of("images", images)
+        images = trunks.fitted("images", images_of("images", images), self.net)
         self._check_range(images, normalize)
         trunks.check_sides("images", images, self.least, f"net={self.pnet_type!r}")
         if self.cuda_graph:
@@ -309,7 +318,7 @@ class LPIPS(nn.Module):
         self, in0: Tensor, in1: Tensor | Features | None = None, retPerLayer: bool = False, normalize: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         self.check_heads()
-        images_of("in0", in0)
+        in0 = trunks.fitted("in0", images_of("in0", in0), self.net)
         if in1 is None:
             in1 = entered_target("in1", self.entered)
         trunks.check_sides("in0", in0, self.least, f"net={self.pnet_type!r}")
@@ -319,7 +328,7 @@ class LPIPS(nn.Module):
                     f"in1: expected features of images of size {list(in0.shape[2:])}, got some of {list(in1.size)}"
                 )
         else:
-            images_of("in1", in1)
+            in1 = trunks.fitted("in1", images_of("in1", in1), self.net)
             if in1.shape[2:] != in0.shape[2:]:
                 raise ValueError(f"in1: expected images of size {list(in0.shape[2:])}, got {list(in1.shape[2:])}")
         samples0, samples1 = in0.shape[0], len(in1)

@@ -20,12 +20,13 @@ class Trunk(nn.Module):
     """A frozen network in eval mode that stops at the last feature map asked for.
 
     `layers` names what can be asked for, first to last. `forward(x, layers)` takes images [N, 1 or 3, H, W] in [0, 1]
-    and returns the maps in the order of `layers`; gradients reach the images only.
+    of the network's dtype or a narrower one, and returns the maps in the order of `layers`; gradients reach the images
+    only.
     """
 
     layers: tuple[str, ...]
     least: Mapping[str, int]  # the smallest side of an image that leaves something of a layer
-    cuda_graph = False
+    compiled = cuda_graph = False
     mean: Tensor
     std: Tensor
 
@@ -34,6 +35,10 @@ class Trunk(nn.Module):
         self.least = {}
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        compile_module(self, self.compiled, self.cuda_graph)  # torch leaves it out of copies
 
     def freeze(self) -> None:
         self.requires_grad_(False).eval()
@@ -60,7 +65,7 @@ class Trunk(nn.Module):
             raise ValueError(f"x: expected [N, 1 or 3, H, W], got shape {list(x.shape)}")
         least = max(self.least.get(layer, 1) for layer in layers)
         check_sides("x", x, least, f"layers {list(layers)}")
-        taps = self.run(x, layers)
+        taps = self.run(fitted("x", x, self), layers)
         return [taps[layer] for layer in layers]
 
     def __call__(self, x: Tensor, layers: Sequence[str]) -> list[Tensor]:
@@ -72,6 +77,24 @@ class Trunk(nn.Module):
     def run(self, x: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
         """Images as they are -> the maps by name."""
         raise NotImplementedError
+
+
+def fitted(name: str, images: Tensor, network: nn.Module) -> Tensor:
+    """Images in the network's dtype: narrower ones are widened, as lpips's scaling does, and wider ones refused.
+
+    Under autocast, which narrows what it likes, only float64 has to match.
+    """
+    wanted = next(network.parameters()).dtype
+    if images.dtype == wanted:
+        return images
+    if torch.is_autocast_enabled(images.device.type) and torch.float64 not in (images.dtype, wanted):
+        return images
+    if torch.promote_types(images.dtype, wanted) != wanted:
+        raise TypeError(
+            f"{name}: expected images of the network's {check.short(wanted)}, or narrower ones, got "
+            f"{check.short(images.dtype)}; cast them, or the network, with .to()"
+        )
+    return images.to(wanted)
 
 
 def check_sides(name: str, images: Tensor, least: int, whom: str) -> None:
@@ -422,7 +445,7 @@ def trunk(
         if channels_last:
             network.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compile_module(network, compile, cuda_graph)
-    network.cuda_graph = cuda_graph
+    network.compiled, network.cuda_graph = compile, cuda_graph
     if isinstance(weights, str) and weights == "random":
         return network
     state, source = state_for(name, weights)

@@ -83,6 +83,7 @@ class Conv(nn.Conv2d):
             and not (weight.requires_grad or bias.requires_grad or weight.is_inference())
             and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
             and x.numel() > 0
+            and all(p < k for p, k in zip(self.padding, self.kernel_size, strict=True))  # else the way back has none
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.enabled
             and torch.backends.mkldnn.is_available()

@@ -57,6 +57,23 @@ def test_cached_target_is_the_same_number(lite0):
     torch.testing.assert_close(loss(x, narrow), loss(x, y), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "vgg16"])
+def test_narrower_images_are_widened_and_wider_ones_refused(name):
+    network = trunk(name, "random")
+    loss = PerceptualLoss(network, layers=network.layers[:2], pixel_weight=1.0)
+    x, y = torch.rand(2, 3, 20, 20), torch.rand(2, 3, 20, 20)
+    for narrow in (torch.float16, torch.bfloat16):
+        a, b = x.to(narrow), y.to(narrow)
+        torch.testing.assert_close(loss(a, b), loss(a.float(), b.float()), rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss(a, loss.target(b)), loss(a, b), rtol=1e-6, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(loss(a, b), loss(x, y), rtol=0.1, atol=1e-3)
+    with pytest.raises(TypeError, match=r"x: expected images of the network's float32.*got float64"):
+        loss(x.double(), y)
+    with pytest.raises(TypeError, match=r"target: expected images of the network's float32.*got float64"):
+        loss(x, y.double())
+
+
 def test_gradients_reach_either_side(lite0):
     loss = PerceptualLoss(lite0.double(), layers=("stem", "block1"), pixel_weight=1.0, distance="l2")
     x, y = torch.rand(1, 1, 5, 6).double().requires_grad_(), torch.rand(1, 1, 5, 6).double().requires_grad_()

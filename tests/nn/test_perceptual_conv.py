@@ -66,6 +66,15 @@ def test_small_maps_are_a_matrix_product_of_patches(shape, sides):
     torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 1, 1, 1), (3, 4, 3, 1, 4)], ids=str)
+def test_a_padding_as_wide_as_the_kernel_is_not_packed(shape):
+    """The way back would have to pad by less than nothing."""
+    conv, x = frozen(shape), torch.randn(2, 3, 6, 5, requires_grad=True)
+    torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
+    got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (conv, lambda x: plain(conv, x)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_twice_differentiable():
     conv = frozen((3, 5, 3, 1, 1))
     x = torch.randn(1, 3, 6, 5, requires_grad=True)

@@ -289,7 +289,10 @@ def test_compiled(monkeypatch):
     torch.testing.assert_close(b, a, rtol=1e-4, atol=0)
     grads = [torch.autograd.grad(v.sum(), x)[0] for v in (a, b)]
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(copy.deepcopy(other)(x, y), a, rtol=1e-4, atol=0)
+    for twin in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert twin.net._compiled_call_impl is not None
+        torch.testing.assert_close(twin(x, y), a, rtol=1e-4, atol=0)
+    assert copy.deepcopy(plain).net._compiled_call_impl is None
 
 
 def test_trunk_options(monkeypatch):
@@ -299,7 +302,8 @@ def test_trunk_options(monkeypatch):
     plain = trunk("squeezenet1_1", "random")
     x, layers = torch.rand(2, 1, 32, 32), ["fire3", "relu1"]
     for options in ({"channels_last": True}, {"compile": True}):
-        other = trunk("squeezenet1_1", plain.state_dict(), **options)
+        other = copy.deepcopy(trunk("squeezenet1_1", plain.state_dict(), **options))
+        assert (other._compiled_call_impl is not None) == ("compile" in options)
         for a, b in zip(other(x, layers), plain(x, layers), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
             if "channels_last" in options:

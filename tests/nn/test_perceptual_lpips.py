@@ -226,6 +226,35 @@ def test_gray_autocast_half_inputs():
     assert half(gray.bfloat16(), other.bfloat16()).isfinite().all()
 
 
+@pytest.mark.parametrize("version", ["0.1", "0.0"])
+def test_narrower_images_are_widened_and_wider_ones_refused(version):
+    """As lpips's scaling layer does; wider ones are torch's own RuntimeError there."""
+    ours = LPIPS(pnet_rand=True, version=version)
+    x, y = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)
+    for narrow in (torch.float16, torch.bfloat16):
+        a, b = x.to(narrow).requires_grad_(), y.to(narrow)
+        value = ours(a, b)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, ours(a.float(), b.float()))
+        assert torch.equal(ours(a, y), ours(a.float(), y))
+        with ours.target(b):
+            assert torch.equal(ours(a), value)
+        (grad,) = torch.autograd.grad(value.sum(), a)
+        leaf = a.detach().float().requires_grad_()
+        (want,) = torch.autograd.grad(ours(leaf, b.float()).sum(), leaf)
+        assert torch.equal(grad, want.to(narrow))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ours(a, b), value, rtol=0.1, atol=1e-5)
+    for case, (a, b) in {"in0": (x.double(), y), "in1": (x, y.double())}.items():
+        for call in (ours, torch.autocast("cpu", torch.bfloat16)(ours)):
+            with pytest.raises(TypeError, match=f"{case}: expected images of the network's float32.*got float64"):
+                call(a, b)
+    with pytest.raises(TypeError, match=r"images: .*float64"):
+        ours.target(x.double())
+    with pytest.raises(TypeError, match=r"in0: expected images of the network's bfloat16.*got float16"):
+        ours.bfloat16()(x.half(), y.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
