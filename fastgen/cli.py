@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastgen import __version__
 from fastgen.check import UserError
 
 USAGE = """usage: fastgen COMMAND ...
@@ -18,7 +19,7 @@ USAGE = """usage: fastgen COMMAND ...
   compare frame --data DATA --out FOLDER FRAME against wFRAME: both energies over one schedule, several seeds
   info                                   versions, devices, and which kernel each op would run here and why
 
-fastgen COMMAND --help says more.
+fastgen COMMAND --help says more, fastgen --version which fastgen this is.
 """
 
 
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"fastgen {__version__}")
+        return 0
     if argv[0] not in commands:
         print(f"fastgen: expected one of {', '.join(commands)}, got {argv[0]!r}", file=sys.stderr)
         return 2
@@ -41,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastgen: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        further = "; --resume goes on from the last checkpoint" if argv[0] in ("train", "compare") else ""
+        print(f"fastgen: interrupted{further}", file=sys.stderr)
         return 130
     return 0
 
@@ -89,7 +94,7 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
         print(
             f"usage: fastgen {command} MODEL ...; `fastgen {command} MODEL --help` lists its options\n\nMODEL is one of"
         )
-        print("\n".join(f"  {name}" for name in among))
+        print("\n".join(f"  {name:20}{_about(name, among)}".rstrip() for name in among))
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"{command}: expected a model first, one of {', '.join(among)}")
@@ -142,6 +147,16 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     return model, images, parsed, options
 
 
+def _about(name: str, among: dict[str, tuple[str, str]]) -> str:
+    """A model in a line; nothing where the package that trains it is missing."""
+    from fastgen.models import model_class
+
+    try:
+        return (model_class(name, among).__doc__ or "").split("\n")[0]
+    except UserError:
+        return ""
+
+
 def _wants_resume(argv: list[str]) -> bool:
     given = [(a, (*argv[i + 1 :], "")[0]) for i, a in enumerate(argv) if a.split("=")[0] == "--resume"]
     said = [a.partition("=")[2] or after for a, after in given]
@@ -186,7 +201,9 @@ def _open(path: str) -> tuple[Any, Any, Any]:
     run.same_data(images)
     try:
         model = chosen.load(run, images)
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.path / 'run.json'} does not fit its model: {error}") from None
     if "train" not in run.read("peak_rss.json"):  # written when the last stage has ended
         print(f"fastgen: the training in {path} has not ended: this is its newest checkpoint", file=sys.stderr)
@@ -277,7 +294,6 @@ def info(argv: list[str]) -> None:
 
     import torch
 
-    from fastgen import __version__
     from fastgen.ops import backend
 
     if argv in (["-h"], ["--help"]):

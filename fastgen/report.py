@@ -13,6 +13,12 @@ from torch import Tensor
 from fastgen.functional import nearest
 
 BUSY = 0.1  # cores that other processes kept busy while a kernel was timed
+ABOUT = (
+    "kid: kernel distance to the test images, 0 for none. precision: share of samples within the data; recall and "
+    "coverage: shares of the data within the samples, or reached by them; density: how many data a sample lies among, "
+    "1 for real ones. two_sample: how often a sample is told from data, 0.5 for never but by chance. confident: share "
+    "of samples of which the classifier is sure (> 0.9); rarest_class: the smallest share of a class."
+)
 FIGURES = ("kid", "precision", "recall", "density", "coverage", "two_sample", "confident", "rarest_class")
 
 
@@ -48,12 +54,13 @@ def picture(file: Path, panels: dict[str, Tensor], note: str | None = None) -> N
         axis.axis("off")
     if note:
         figure.supxlabel(note, fontsize=11)
-    _save(figure, file)
+    # A point for each pixel at least, or the lines between images would be lost here and there; 4 inches are theirs.
+    _save(figure, file, dpi=max(110, max(panel.shape[1] for panel in panels.values()) / 4))
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(figure: Any, file: Path, dpi: float = 110) -> None:
     part = file.with_name(file.stem + ".part" + file.suffix)
-    figure.savefig(part, dpi=110, bbox_inches="tight")
+    figure.savefig(part, dpi=dpi, bbox_inches="tight")
     _pyplot().close(figure)
     os.replace(part, file)
 
@@ -93,8 +100,15 @@ def curves(file: Path, logs: Path) -> list[str]:
         return []
     figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 3.4), squeeze=False, layout="constrained")
     for axis, (name, curve) in zip(axes[0], drawn.items(), strict=True):
-        axis.plot(list(curve), list(curve.values()))
-        axis.set(title=name, xlabel="epoch", ylabel="loss", yscale="log")
+        axis.plot(list(curve), list(curve.values()), marker="." if len(curve) < 20 else None)
+        axis.set(title=name, xlabel="epoch", ylabel="loss")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        low, high = min(curve.values()), max(curve.values())
+        if low > 0 and high > 2 * low:  # an unbiased MMD² may be negative
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(plt.LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")  # 6, not 6 × 10⁰
+            axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3, which="both")
     _save(figure, file)
     return list(drawn)
@@ -134,6 +148,10 @@ def shares_table(seconds: dict[str, float]) -> str:
     return "\n".join([*lines, f"| sum | {total:.1f} | |"])
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
+
+
 def costs_table(rows: list[dict[str, Any]]) -> str:
     """Rows of a benchmark file: fastgen against the plain torch code for the same work."""
     lines = ["| family | work | fastgen | eager | ratio |", "|---|---|---|---|---|"]
@@ -141,7 +159,7 @@ def costs_table(rows: list[dict[str, Any]]) -> str:
     for family, work in dict.fromkeys((r["family"], r["work"]) for r in rows):
         ours, eager = seconds.get((family, work, "fastgen")), seconds.get((family, work, "eager"))
         if ours and eager:
-            lines.append(f"| {family} | {work} | {ours * 1e3:.3g} ms | {eager * 1e3:.3g} ms | {eager / ours:.1f}× |")
+            lines.append(f"| {family} | {work} | {_time(ours)} | {_time(eager)} | {eager / ours:.1f}× |")
     loads = [r["other_load"] for r in rows if r.get("other_load", 0.0) > BUSY]
     if loads:
         lines += [
@@ -163,6 +181,8 @@ def write(folder: Path, metrics: dict[str, Any], record: dict[str, Any], extra: 
             f"{metrics['samples']} samples against as many test images; means of three sampling seeds and their range.",
             "",
             figures_table(metrics),
+            "",
+            ABOUT,
             "",
         ]
     else:

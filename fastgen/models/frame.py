@@ -244,7 +244,7 @@ def energy_curves(file: Path, curves: dict[str, list[Tensor]]) -> None:
     for i, (name, runs) in enumerate(curves.items()):
         for j, energies in enumerate(runs):
             axis.plot(energies.tolist(), color=f"C{i}", label=name if j == 0 else None, alpha=0.8)
-    axis.set(xlabel="round", ylabel="energy of the chains, each number of an image")
+    axis.set(xlabel="round", ylabel="energy of the chains, per pixel and channel")
     if len(curves) > 1:
         axis.legend()
     largest = max((float(e.abs().max()) for runs in curves.values() for e in runs if len(e)), default=0.0)

@@ -81,6 +81,8 @@ class CompareFRAME:
         from fastgen import report
 
         folder = Path(out)
+        if (folder / "run.json").exists():
+            raise check.UserError(f"out: {folder} holds the run of a model: give another folder")
         rows: list[dict[str, Any]] = []
         curves: dict[str, list[Tensor]] = {"FRAME": [], "wFRAME": []}
         panels: dict[str, Tensor] = {}

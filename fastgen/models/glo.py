@@ -107,7 +107,8 @@ class Decoder:
         # Sorted by class, latents half the set apart belong to different ones.
         ends = self.latent[:: max(1, len(self.latent) // (2 * rows))]
         start, stop = ends[:rows], ends[rows : 2 * rows]
-        angle = tf.cosine_similarity(start, stop).clamp(-1, 1).acos()[:, None]
+        # Not 0 nor π, of equal or opposite latents, whose sine divides.
+        angle = tf.cosine_similarity(start, stop).clamp(-1, 1).acos().clamp(1e-3, torch.pi - 1e-3)[:, None]
         share = torch.linspace(0, 1, steps)
         weight = torch.stack([((1 - share) * angle).sin(), (share * angle).sin()]) / angle.sin()
         path = weight[0, ..., None] * start[:, None] + weight[1, ..., None] * stop[:, None]

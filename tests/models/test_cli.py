@@ -1,14 +1,18 @@
 """The command line: the main job end to end on a small scale; a sentence or two and status 2 for each mistake."""
 
 import json
+import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
+import fastgen
+from fastgen import cli
 from fastgen.cli import main
-from fastgen.report import costs_table
+from fastgen.report import costs_table, curves, grid, picture
 
 SMALL = [
     "--latent_dim=6",
@@ -55,7 +59,9 @@ def test_train_evaluate_sample(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "| mmd | w | 1 ms | 5 ms | 5.0× |" in report
     assert "| glo |" in report
     assert "cores busy" not in report
+    assert "two_sample: how often a sample is told from data" in report
     assert "up to 0.8 cores busy" in costs_table([row | {"other_load": 0.8} for row in rows])
+    assert "| 1 s | 5 s | 5.0× |" in costs_table([row | {"seconds": row["seconds"] * 1e3} for row in rows])
 
     assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "a.npy")]) == 0
     assert main(["sample", str(run), "--n", "7", "--seed", "3", "--out", str(tmp_path / "b.npy")]) == 0
@@ -89,7 +95,8 @@ def test_resume_takes_up_the_trainers_options(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_damaged_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content in ("[1]", "{}", '{"model": "glann", "data": "digits", "arguments": {"colour": 1}}'):
+    record = '{"model": "glann", "data": "digits", "arguments": {%s}}'
+    for content in ("[1]", "{}", record % '"colour": 1', record % '"pool": 0'):
         out = tmp_path / "damaged"
         out.mkdir(exist_ok=True)
         (out / "run.json").write_text(content)
@@ -98,6 +105,53 @@ def test_a_run_that_is_damaged_is_told(run: Path, tmp_path: Path, capsys: pytest
     (out / "run.json").unlink()
     (out / "run.json.part").write_text("{")  # what a kill can leave is no run
     assert main(["train", "glann", "--data", "digits", "--out", str(out), *SMALL]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train", "fastgen: interrupted; --resume goes on from the last checkpoint\n"),
+        ("sample", "fastgen: interrupted\n"),
+    ],
+)
+def test_interrupted(
+    command: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, command, stopped)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == says
+
+
+def test_curves_of_one_epoch_and_of_losses_below_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(
+        "fastgen.report._save", lambda figure, file: drawn.update({a.get_title(): a for a in figure.axes})
+    )
+    losses = {"one": [0.5], "below": [0.5, -0.1, 0.2], "long": [0.6 / (1 + i) for i in range(30)], "flat": [3.0, 2.9]}
+    for stage, values in losses.items():
+        folder = tmp_path / stage / "version_0"
+        folder.mkdir(parents=True)
+        rows = [f"{epoch},{value}" for epoch, value in enumerate(values)]
+        (folder / "metrics.csv").write_text("\n".join(["epoch,loss", *rows]) + "\n")
+    assert set(curves(tmp_path / "curves.png", tmp_path)) == set(losses)
+    scales = {name: axis.get_yscale() for name, axis in drawn.items()}
+    assert scales == {"below": "linear", "flat": "linear", "long": "log", "one": "linear"}
+    assert drawn["one"].lines[0].get_marker() == "."  # a line of one point shows nothing
+    assert all(tick == int(tick) for tick in drawn["below"].get_xticks())
+    axis = drawn["long"]
+    shown = [axis.yaxis.get_major_formatter()(tick) for tick in axis.get_yticks() if 0.02 <= tick <= 0.6]
+    assert shown == ["0.02", "0.05", "0.1", "0.2", "0.5"]
+
+
+def test_no_line_between_images_is_lost(tmp_path: Path) -> None:
+    images = torch.zeros(64, 1, 64, 64)
+    picture(tmp_path / "grid.png", {"many": grid(images, 8)})
+    pixels = plt.imread(tmp_path / "grid.png")[..., 0]
+    dark = pixels[:, pixels.shape[1] // 5] < 0.5  # down a column of images, beside the title
+    assert (np.diff(dark.astype(int)) == 1).sum() == 8
 
 
 def test_training_that_diverges_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,13 +236,19 @@ def test_info_names_a_kernel_for_each_family(capsys: pytest.CaptureFixture[str])
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "evaluate RUN" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert f"fastgen {fastgen.__version__}\n" in capsys.readouterr().out
     assert main(["info", "--help"]) == 0
     assert "usage: fastgen info" in capsys.readouterr().out
-    for command, name in (("train", "wae-mmd"), ("compare", "frame")):
+    for command, name, about in (
+        ("train", "wae-mmd", "Wasserstein auto-encoder"),
+        ("train", "rs-imle", "Rejection-sampling IMLE"),
+        ("compare", "frame", "FRAME"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-        assert f"  {name}\n" in capsys.readouterr().out
+        assert re.search(rf"^  {name} +{about}", capsys.readouterr().out, re.M)
     with pytest.raises(SystemExit) as stop:
         main(["train", "glann", "--help"])
     assert stop.value.code == 0

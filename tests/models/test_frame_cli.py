@@ -43,6 +43,13 @@ def test_a_texture_is_trained_measured_and_sampled(tmp_path: Path) -> None:
     assert np.load(tmp_path / "a.npy").shape == (3, 1, 16, 16)
 
 
+def test_compare_leaves_another_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["compare", "frame", "--data", "digits", "--out", str(tmp_path)]) == 2
+    assert "holds the run of a model" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_compare_draws_both_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compare"
     command = ["compare", "frame", "--data", "digits", "--out", str(out), "--seeds=2", "--epochs=1", "--bound=0.3"]

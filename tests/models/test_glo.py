@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen import data
 from fastgen.check import UserError
+from fastgen.models.glo import Decoder
 from fastgen.models.glo_model import GLOModel, LaplacianLoss
 from fastgen.models.row_adam import RowAdam, project
 from fastgen.models.run import Run
@@ -171,3 +172,14 @@ def test_bad_arguments_are_named(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="levels: expected at most 3 for images of 8x8"):
         GLOModel(levels=4).fit(images, tmp_path / "run", trainer=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_interpolations_between_equal_and_opposite_latents_are_finite() -> None:
+    decoder = Decoder()
+    decoder.generator = torch.nn.Identity()
+    start = torch.tensor([0.6, 0.8])
+    decoder.latent = torch.stack([start, start, start, -start])
+    path = decoder.interpolations(2, 3).view(2, 3, 2)
+    torch.testing.assert_close(path[0], start.expand(3, 2), rtol=1e-4, atol=1e-4)
+    assert path[1].isfinite().all()
+    torch.testing.assert_close(path[1, [0, 2]], torch.stack([start, -start]), rtol=1e-3, atol=1e-3)
