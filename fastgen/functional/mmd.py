@@ -1,6 +1,7 @@
 """Maximum mean discrepancy: value and gradients in one pass, in memory that grows with N + M and not with N·M."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
 ESTIMATORS = ("unbiased", "biased", "u_statistic")
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
 
+Call = Callable[[int, Tensor, Tensor, Sequence[Any]], tuple[Tensor, ...]]  # ops.call or ops.direct
 # kind, parameters, estimator, precision, x_weight, y_weight, coefficients, terms: what the ops take after the points
 Options = tuple[Any, ...]
 
@@ -45,17 +47,17 @@ class _MMD(torch.autograd.Function):
     """The gradient is made with the value, since the upstream gradient is one number for each MMD."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options) -> Tensor:
-        for_x, for_y, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: Call) -> Tensor:
+        for_x, for_y, *_ = ctx.needs_input_grad
         ctx.options = options
         value: Tensor
         gx = gy = None
         if for_x and for_y:
-            value, gx, gy = ops.call(2, x, y, options)
+            value, gx, gy = call(2, x, y, options)
         elif for_x:
-            value, gx = ops.call(1, x, y, options)
+            value, gx = call(1, x, y, options)
         else:
-            value, gy = ops.call(1, y, x, _swapped(options))
+            value, gy = call(1, y, x, _swapped(options))
         ctx.save_for_backward(x, y, gx, gy)
         return value
 
@@ -63,8 +65,8 @@ class _MMD(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, gx, gy = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_Gradient.apply(upstream, x, y, gx, gy, ctx.options), None
-        return *_scaled(upstream, x.dtype, gx, gy), None
+            return *_Gradient.apply(upstream, x, y, gx, gy, ctx.options), None, None
+        return *_scaled(upstream, x.dtype, gx, gy), None, None
 
 
 class _Gradient(torch.autograd.Function):
@@ -187,40 +189,35 @@ def _swapped(options: Options) -> Options:
     return kind, parameters, estimator, precision, y_weight, x_weight, coefficients, terms
 
 
-def evaluate(x: Tensor, y: Tensor, options: Options) -> Tensor:
+def evaluate(x: Tensor, y: Tensor, options: Options, call: Call = ops.call) -> Tensor:
     """MMD² of checked arguments, with a gradient where one is asked for."""
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        # What Function.apply does for functorch costs two microseconds: of a hundred points every thirtieth.
-        plain = not (torch.compiler.is_compiling() or ops.transformed(x, y))
-        apply: Any = super(torch.autograd.Function, _MMD).apply if plain else _MMD.apply
-        result: Tensor = apply(x, y, options)
+        # Function.apply is _FunctionBase's and what functorch wants before it, two microseconds.
+        apply: Any = super(torch.autograd.Function, _MMD).apply if call is ops.direct else _MMD.apply
+        result: Tensor = apply(x, y, options, call)
         return result
-    return ops.call(0, x, y, options)[0]
+    return call(0, x, y, options)[0]
 
 
 @functools.lru_cache(maxsize=256)
-def _options(kernel: Kernel | str, d: int, estimator: str, precision: str) -> Options:
+def _options(kernel: Kernel | str, d: int, estimator: str, precision: str) -> Options | None:
+    """None where one of them is wrong."""
+    if estimator not in ESTIMATORS or precision not in PRECISIONS:
+        return None
     kind, parameters = resolve(kernel)._op(d)
     return kind, tuple(parameters), estimator, precision
 
 
 def _plain(x: Any, y: Any, kernel: Any, estimator: Any, precision: Any) -> Options | None:
     """The options of a call with nothing to say about it, or None: `_checked` then says it. A tenth of its time."""
-    if (
-        torch.compiler.is_compiling()
-        or not isinstance(x, Tensor)
-        or not isinstance(y, Tensor)
-        or (type(kernel) is not str and not isinstance(kernel, Kernel))
-        or estimator not in ESTIMATORS
-        or precision not in PRECISIONS
-    ):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return None
-    n, m = x.shape, y.shape
+    n, m, strided = x.shape, y.shape, torch.strided
     good = (
         x.dtype is y.dtype
         and x.dtype in check.FLOATS
-        and x.layout is torch.strided
-        and y.layout is torch.strided
+        and x.layout is strided
+        and y.layout is strided
         and x.device == y.device
         and len(n) == len(m)
         and (len(n) == 2 or (len(n) == 3 and n[0] == m[0]))
@@ -229,6 +226,8 @@ def _plain(x: Any, y: Any, kernel: Any, estimator: Any, precision: Any) -> Optio
         and m[-2] > 1
         and (estimator != "u_statistic" or n == m)
         and forward_ad._current_level < 0
+        and type(estimator) is type(precision) is str
+        and (type(kernel) is str or isinstance(kernel, Kernel))
     )
     return _options(kernel, n[-1], estimator, precision) if good else None
 
@@ -316,7 +315,7 @@ def compute(
     if x_weight is None and y_weight is None and group is None and y_term is None:
         options = _plain(x, y, kernel, estimator, precision)
         if options is not None:
-            return evaluate(x, y, options)
+            return evaluate(x, y, options, ops.direct if ops.runs_directly(x, y) else ops.call)
     given = (x, y, kernel, estimator, x_weight, y_weight, precision)
     if group is not None:
         check_group(group)

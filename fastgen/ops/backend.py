@@ -30,9 +30,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def choose(family: str, device: torch.device) -> str:
-    """'cpp', 'triton' or 'reference'; a reference run for want of a build warns once."""
-    return _chosen(family, device.type) if _forced is None else _forced
+def choose(family: str, device: torch.device | str) -> str:
+    """'cpp', 'triton' or 'reference' for a device or its type; a reference run for want of a build warns once."""
+    if _forced is not None:
+        return _forced
+    return _chosen(family, device if isinstance(device, str) else device.type)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from fastgen.ops import backend
 from fastgen.reference import mmd as reference
@@ -25,6 +25,7 @@ ALL = reference.ALL
 accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
+_OWN = (torch.float32, torch.float64)  # dtypes of the C++ kernels
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
@@ -40,9 +41,11 @@ torch.library.define(
 )
 
 
-@functools.lru_cache(maxsize=64)
-def _inverse_pairs(constants: tuple[float, ...]) -> tuple[float, float, float, float] | None:
-    return inverse_pairs(constants)
+@functools.lru_cache(maxsize=256)
+def _arguments(kind: str, parameters: tuple[float, ...], estimator: str) -> tuple[str, tuple[float, ...], int]:
+    """The extension's own kind, parameters and estimator of a value and its gradients."""
+    pairs = inverse_pairs(parameters) if kind == "imq" else None
+    return ("imq_pairs", pairs, _ESTIMATORS[estimator]) if pairs else (kind, parameters, _ESTIMATORS[estimator])
 
 
 def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, float] | None:
@@ -109,8 +112,9 @@ def _cpp(
         ):
             kept.append(None if given is None else _dense(given.expand(shape), wide))
         extra = tuple(0 if t is None else t.data_ptr() for t in kept)
-    if kind == "imq" and vx is None and (pairs := _inverse_pairs(tuple(parameters))):
-        kind, parameters = "imq_pairs", pairs
+    code = _ESTIMATORS[estimator]
+    if vx is None:
+        kind, parameters, code = _arguments(kind, tuple(parameters), estimator)
     (extension.mmd_f64 if dtype == torch.float64 else extension.mmd_f32)(
         x.data_ptr(),
         y.data_ptr(),
@@ -123,7 +127,7 @@ def _cpp(
         d,
         kind,
         parameters,
-        _ESTIMATORS[estimator],
+        code,
         terms,
         torch.get_num_threads(),
     )
@@ -232,30 +236,65 @@ row_sums = torch.ops.fastgen.mmd_row_sums.default
 
 
 def call(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The op that makes the gradients of the first `sides` of x and y. On the CPU, where nothing watches what ops are
-    called, its kernel runs without torch's dispatcher: of a hundred points it would be a fifth of the time."""
-    if x.is_cpu and len(options) == 4 and type(x) in _PLAIN and type(y) in _PLAIN and not _watched(x, y):
-        kind, parameters, estimator, precision = options
-        return _run(x, y, sides, precision, reference.Options(kind, parameters, estimator))
+    """The value, and the gradients of the first `sides` of x and y."""
     found = (value, value_grad_x, value_grad)[sides](x, y, *options)
     return (found,) if sides == 0 else found
 
 
-def transformed(x: Tensor, y: Tensor) -> bool:
-    """Whether functorch has a hand in this, were it by a tensor kept from a transform that is over."""
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or torch._C._functorch.is_functorch_wrapped_tensor(y)
+def direct(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
+    """`call` of unweighted points without torch's dispatcher, where `runs_directly`: of a hundred points that and the
+    cases that the general way asks for are a third of the time."""
+    kind, parameters, estimator, _ = options
+    kind, parameters, code = _arguments(kind, parameters, estimator)
+    *batch, n, d = x.shape
+    found = x.new_empty(batch)
+    gx = torch.empty_like(x) if sides else None
+    gy = torch.empty_like(y) if sides == 2 else None
+    extension: Any = backend.extension()
+    (extension.mmd_f32 if x.dtype is torch.float32 else extension.mmd_f64)(
+        x.data_ptr(),
+        y.data_ptr(),
+        0,
+        0,
+        0,
+        0,
+        0,
+        found.data_ptr(),
+        0 if gx is None else gx.data_ptr(),
+        0 if gy is None else gy.data_ptr(),
+        batch[0] if batch else 1,
+        n,
+        y.shape[-2],
+        d,
+        kind,
+        parameters,
+        code,
+        reference.ALL,
+        torch.get_num_threads(),
     )
+    if gx is None:
+        return (found,)
+    return (found, gx) if gy is None else (found, gx, gy)
 
 
-def _watched(x: Tensor, y: Tensor) -> bool:
+def runs_directly(x: Tensor, y: Tensor) -> bool:
+    """Whether the C++ kernel can take points of one dtype as they lie in memory, and nothing watches what is called."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or transformed(x, y)
-        or torch._C._get_tracing_state()
-        or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
-        or y.is_neg()
+        x.is_cpu
+        and y.is_cpu
+        and type(x) in _PLAIN
+        and type(y) in _PLAIN
+        and x.dtype in _OWN
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and not (
+            _C._len_torch_dispatch_stack()
+            or _C._are_functorch_transforms_active()
+            or _C._functorch.is_functorch_wrapped_tensor(x)  # kept from a transform that is over
+            or _C._functorch.is_functorch_wrapped_tensor(y)
+            or _C._get_tracing_state()
+            or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
+            or y.is_neg()
+        )
+        and backend.choose("mmd", "cpu") == "cpp"
     )

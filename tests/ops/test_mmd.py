@@ -98,14 +98,38 @@ def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert called == ["reference"]
 
 
-def test_a_plain_call_makes_the_numbers_of_the_op() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [[], [3]])
+def test_a_direct_call_makes_the_numbers_of_the_op(dtype: torch.dtype, batch: list[int]) -> None:
+    x, y = torch.randn(*batch, 9, 3, dtype=dtype), torch.randn(*batch, 7, 3, dtype=dtype)
+    assert ops.runs_directly(x, y)
+    for kind, parameters in (("imq", (0.5, 2.0)), ("imq", (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)), ("energy", ())):
+        options = (kind, parameters, "unbiased", "bf16x3")
+        for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
+            found = op(x, y, *options)
+            found = found if isinstance(found, tuple) else (found,)
+            for got, want in zip(ops.direct(sides, x, y, options), found, strict=True):
+                assert torch.equal(got, want)
+
+
+def test_what_does_not_run_directly() -> None:
+    class Another(torch.Tensor):
+        pass
+
     x, y = torch.randn(9, 3), torch.randn(7, 3)
-    options = ("imq", (0.5, 2.0), "unbiased", "bf16x3")
-    for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
-        found = op(x, y, *options)
-        found = found if isinstance(found, tuple) else (found,)
-        for got, want in zip(ops.call(sides, x, y, options), found, strict=True):
-            assert torch.equal(got, want)
+    others = {
+        "columns first": x.T.contiguous().T,
+        "every second row": x[::2],
+        "a lazy minus": torch._neg_view(x),
+        "no memory": x.to("meta"),
+        "a subclass": x.as_subclass(Another),
+    }
+    for what, other in others.items():
+        assert not ops.runs_directly(other, y), what
+        assert not ops.runs_directly(y, other), what
+    assert not ops.runs_directly(x.half(), y.half())
+    with backend.force("reference"):
+        assert not ops.runs_directly(x, y)
 
 
 def test_a_lazy_minus_is_seen() -> None:
