@@ -42,9 +42,17 @@ check: build
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Every configuration of every Triton kernel, compiled for every target; needs no GPU.
-check-kernels: build
-	$(BIN)/python -m fastgen.kernels.aot --all
+# Every configuration of every Triton kernel, compiled for every target; needs no GPU. With TRITON=3.6.0 by that version,
+# which comes beside the environment's own; the kernels' tests run with it, too.
+TRITON ?=
+OTHER := $(if $(TRITON),build/triton-$(TRITON))
+WITH := $(if $(TRITON),PYTHONPATH=$(CURDIR)/$(OTHER))
+check-kernels: build $(OTHER)
+	$(WITH) $(BIN)/python -m fastgen.kernels.aot --all
+	$(if $(TRITON),$(WITH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/kernels)
+
+build/triton-%: | build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) --target $@ triton==$*
 
 # Everything, then report.md with its pictures; the peers come with the extra `bench`.
 BENCH ?= runs/bench

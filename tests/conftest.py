@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before fastgen.kernels loads
 
@@ -14,9 +15,25 @@ import torch
 HERE = Path(__file__).parent
 
 
+def _mend_the_interpreter() -> None:
+    """Triton 3.6's takes the bounds of a loop out of arrays of one element as numpy 2.4 refuses to (triton #9171)."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 def pytest_configure(config: pytest.Config) -> None:
     from fastgen.ops import backend
 
+    _mend_the_interpreter()
     if backend.extension() is None and os.environ.get("FASTGEN_ALLOW_REFERENCE") != "1":
         raise pytest.UsageError(
             "fastgen._C is not built, so the suite would test the reference against itself: "
