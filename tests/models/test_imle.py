@@ -315,8 +315,9 @@ def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path, run_apa
     rows = rows_of(tmp_path / "whole")
     assert float(rows[-1]["pull"]) < 0.7 * float(rows[0]["pull"])
     for epoch, row in enumerate(rows):
-        reverse = pytest.approx(float(row["pull"]) + 4 * float(row["push"]), rel=1e-5)
-        assert (float(row["loss"]) == reverse) == (epoch >= 6)
+        pull, push, cover = (float(row[name]) for name in ("pull", "push", "cover"))
+        expected = cover if epoch < 6 else pull + 4 * push + cover
+        assert float(row["loss"]) == pytest.approx(expected, rel=1e-5)
     # Not all samples seek the same datum.
     near = torch.cdist(first.sample(200, seed=0).flatten(1), images.train.flatten(1)).argmin(1)
     assert len(near.unique()) >= 3
@@ -331,13 +332,20 @@ def test_reverse_learns_and_resumes(images: data.Images, tmp_path: Path, run_apa
         assert told(cut) == told(tmp_path / "whole")
 
 
-def test_reverse_warms_up_as_imle_does(images: data.Images, tmp_path: Path) -> None:
-    """The loss of its first step, by cdist: each datum's nearest of the step's samples, all of them."""
+@pytest.mark.parametrize(("warm_up", "cover_weight"), [(1.0, 2.5), (0.0, 2.5), (0.0, 0.0)])
+def test_reverse_loss_of_a_step(images: data.Images, tmp_path: Path, warm_up: float, cover_weight: float) -> None:
+    """Its first step's, by cdist: in the warm-up and beside the reversed form each datum's nearest of all samples."""
     settings = {"noise_dim": 4, "hidden": 32, "epochs": 1, "reals": 64, "batch": 8, "others": 16, "seed": 5}
-    module = IMLEReverse(**settings, warm_up=1.0)._module(images)
-    made = module.generator(codes(torch.arange(24), 4, key(5, 0))).flatten(1).detach()
-    IMLEReverse(**settings, warm_up=1.0).fit(images, tmp_path / "run", trainer=QUIET)
-    expected = torch.cdist(images.train.flatten(1).double(), made.double()).square().min(1).values.mean()
+    settings |= {"warm_up": warm_up, "cover_weight": cover_weight, "margin": 2.0, "push_weight": 3.0}
+    module = IMLEReverse(**settings)._module(images)
+    made = module.generator(codes(torch.arange(24), 4, key(5, 0))).flatten(1).detach().double()
+    IMLEReverse(**settings).fit(images, tmp_path / "run", trainer=QUIET)
+    real = images.train.flatten(1).double()
+    cover = torch.cdist(real, made).square().min(1).values.mean()
+    pull = torch.cdist(made[:8], real).square().min(1).values.mean()
+    push = (2 - torch.cdist(made[:8], made[8:]).square().min(1).values).relu().mean()
+    assert push > 0
+    expected = cover if warm_up else pull + 3 * push + cover_weight * cover
     assert float(rows_of(tmp_path / "run")[0]["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
