@@ -84,7 +84,9 @@ struct Group {
         }
         for (int64_t c = 0; c < columns; ++c) {
             if (keys[c] > limit[slot] || (mask && !mask[rows[c]])) continue;
-            // A row that is rejected already is no answer; it has not lowered the limit either.
+            // A row that is rejected already is no answer, nor has it lowered the limit. Leaving it out saves time alone:
+            // taken, it would be rejected again by its distance, or stand among the best until k nearer ones were found;
+            // where they are not, the caller searches anew. A limit that it set meanwhile held for those k as well.
             if (keys[c] <= near[slot] && __atomic_load_n(problem.rejected + rows[c], __ATOMIC_RELAXED)) continue;
             if (count[slot] == capacity) prune(slot);
             list[slot * capacity + count[slot]++] = {keys[c], rows[c]};
