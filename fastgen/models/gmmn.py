@@ -150,6 +150,7 @@ class GMMN:
         check.number("code_lr", code_lr, above=0)
         check.number("drop", drop, least=0, most=0.9)
         check.integer("seed", seed, least=0, most=2**31)
+        self.keys = 2 * seed, 2 * seed + 1  # of the two stages' first weights and batches: no other seed has them
         self.code: CodeTraining | None = None
         self.body: nn.Module | None = None
         self.shape: tuple[int, int, int] = (0, 0, 0)
@@ -176,9 +177,9 @@ class GMMN:
         code = None
         if a["space"] == "code":
             code = self._code(images)
-            run.fit("autoencoder", code, row_loader(rows, a["code_batch"], a["seed"]), a["code_epochs"], options)
+            run.fit("autoencoder", code, row_loader(rows, a["code_batch"], self.keys[0]), a["code_epochs"], options)
         training = self._moments(images, code)
-        run.fit("gmmn", training, row_loader(rows, a["batch"], a["seed"] + 1), a["epochs"], options)
+        run.fit("gmmn", training, row_loader(rows, a["batch"], self.keys[1]), a["epochs"], options)
         run.note_peak("train")
         return self._take(training, code)
 
@@ -198,7 +199,7 @@ class GMMN:
         a = self.arguments
         shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
+            torch.manual_seed(self.keys[0])
             return CodeTraining(images.train.flatten(1), **shape, drop=a["drop"], lr=a["code_lr"], seed=a["seed"])
 
     def _moments(self, images: data.Images, code: CodeTraining | None) -> MomentTraining:
@@ -208,7 +209,7 @@ class GMMN:
         self.target = flat if code is None else in_batches(code.cpu().encoder, flat)
         shape = {"noise_dim": a["noise_dim"], "hidden": tuple(a["hidden"])}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"] + 1)
+            torch.manual_seed(self.keys[1])
             return MomentTraining(self.target, **shape, lr=a["lr"], seed=a["seed"])
 
     def _take(self, training: MomentTraining, code: CodeTraining | None) -> "GMMN":

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastgen.check import UserError
 from fastgen.cli import main
 from fastgen.functional import wae_mmd
 from fastgen.models.gmmn import GMMN
-from fastgen.models.run import Run, step_generator
+from fastgen.models.run import EpochBatches, Run, step_generator
 from fastgen.models.wae import WAEMMD, draw_prior, eager_penalty
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
@@ -76,6 +77,30 @@ def test_neighbouring_seeds_draw_noise_of_their_own(
         made(**{**settings, **more}).fit(images, tmp_path / str(seed), trainer=QUIET)
     assert len(drawn) == 2 * 12 * 8
     assert len(set(drawn)) == len(drawn)
+
+
+def test_neighbouring_seeds_share_no_stage_s_start_or_order(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GMMN's two stages, made alike: neither begins as the other one of the next seed, or meets its batches."""
+    seen: list[bytes] = []
+    original = EpochBatches.__iter__
+
+    def kept(batches: EpochBatches) -> Iterator[torch.Tensor]:
+        for rows in original(batches):
+            seen.append(rows.numpy().tobytes())
+            yield rows
+
+    monkeypatch.setattr(EpochBatches, "__iter__", kept)
+    alike = {"noise_dim": 64, "hidden": (16,), "batch": 16, "epochs": 3}
+    for seed in (0, 1, 2):
+        model = GMMN(**{**GMMN_SMALL, **alike}, seed=seed).fit(images, tmp_path / str(seed), trainer=QUIET)
+        code = model._code(images)
+        for first in (code.encoder[0], model._moments(images, code).body[0]):
+            assert first.weight.shape == (16, 64)
+            seen.append(first.weight.detach().numpy().tobytes())
+    assert len(seen) == 3 * (2 * 3 * 4 + 2)
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_step_s_generator_is_its_own() -> None:
