@@ -39,7 +39,9 @@ def taken_out(points: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None or differentiable(weight):
         return points
     weight = weight.detach().expand(points.shape[:-1])
-    kept = torch.take_along_dim(points.detach(), weight.argmax(-1, keepdim=True)[..., None], dim=-2)
+    first = weight.argmax(-1, keepdim=True)[..., None]
+    # Not take_along_dim, for which a compiled graph is made anew for every number of points.
+    kept = points.detach().gather(-2, first.expand(*first.shape[:-1], points.shape[-1]))
     return torch.where(weight[..., None] == 0, kept, points)
 
 

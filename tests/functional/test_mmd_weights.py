@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from fastgen import functional as F
@@ -109,6 +110,20 @@ def test_compiled_and_invalid_weights_are_nan() -> None:
     assert torch.equal(compiled(x, y, w), F.mmd(x, y, x_weight=w))
     assert compiled(x, y, torch.tensor([-1.0] + [1.0] * 8)).isnan()
     assert compiled(x, y, torch.zeros(9)).isnan()
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_weights_are_compiled_once_for_every_n(learnt: bool) -> None:
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, y, p, q: F.mmd(x * 2, y, x_weight=p, y_weight=q), fullgraph=True, backend=count)
+    for n in (10, 23, 57):
+        given = [torch.randn(n, 4), torch.randn(n + 1, 4), torch.rand(n), torch.rand(n + 1).requires_grad_(learnt)]
+        for t in given:
+            torch._dynamo.mark_dynamic(t, 0)
+        x, y, p, q = given
+        torch.testing.assert_close(compiled(*given), F.mmd(x * 2, y, x_weight=p, y_weight=q))
+    assert count.frame_count == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
