@@ -18,10 +18,11 @@ class MMDLoss(nn.Module):
     Args:
         kernel, estimator, precision, group: as `fastgen.functional.mmd`.
         cache_y: keep the sum over y's own pairs from call to call, for as long as y (and y_weight) are the same tensor
-            objects at the same version: real data or a prior's draws that serve many steps. Any in-place change through
-            torch drops it; a change that torch does not count (through `.data`, NumPy or shared memory) goes unseen. A
-            y or y_weight that requires a gradient and calls in a compiled graph are computed whole. The value is equal
-            to rounding.
+            objects at the same version and place in memory: real data or a prior's draws that serve many steps. Any
+            in-place change through torch drops it, and so do `y.data = other` and `module.to(...)` of a y that is the
+            module's; a change of the numbers that torch does not count (`y.data.add_`, NumPy, shared memory) goes
+            unseen. A y or y_weight that requires a gradient and calls in a compiled graph are computed whole. The value
+            is equal to rounding.
 
     Shapes:
         x [N, D] or [B, N, D], y [M, D] or [B, M, D], x_weight and y_weight as `fastgen.functional.mmd` -> [] or [B].
@@ -62,7 +63,7 @@ class MMDLoss(nn.Module):
         tensors = (y,) if y_weight is None else (y, y_weight)
         # Options are attributes that may be set: the term is of the ones it was made with.
         options = resolve(self.kernel)._op(y.shape[-1]), self.estimator, self.precision
-        versions = *(t._version for t in tensors), options
+        versions = *map(_state, tensors), options
         if self._kept is not None:
             references, then, term = self._kept
             if then == versions and all(r() is t for r, t in zip(references, tensors, strict=True)):
@@ -79,6 +80,12 @@ class MMDLoss(nn.Module):
         return f"{self.kernel}, {options}"
 
 
+def _state(t: Tensor) -> tuple[Any, ...]:
+    """What tells that a tensor is not what it was: torch does not count a new `.data` as a change."""
+    return t._version, t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
 def _counted(value: Any) -> bool:
-    """Whether torch counts the tensor's changes and nobody asks for its gradient."""
-    return value is None or (isinstance(value, Tensor) and not (value.requires_grad or value.is_inference()))
+    """Whether torch counts the tensor's changes, it has a place in memory and nobody asks for its gradient."""
+    plain = type(value) in (Tensor, nn.Parameter)  # a subclass may be without memory of its own
+    return value is None or (plain and not (value.requires_grad or value.is_inference()))

@@ -100,3 +100,24 @@ def test_a_kept_term_is_of_its_options() -> None:
     assert torch.allclose(loss(x, y), F.mmd(x, y, kernel=F.RBF((0.5,))), atol=1e-6)
     loss.estimator = "biased"
     assert torch.allclose(loss(x, y), F.mmd(x, y, kernel=F.RBF((0.5,)), estimator="biased"), atol=1e-6)
+
+
+def test_a_kept_term_is_of_its_numbers() -> None:
+    """Of a y that got other numbers, another place or dtype without a change that torch counts."""
+    x, holder = torch.randn(8, 3), torch.nn.Linear(3, 9, bias=False).requires_grad_(False)
+    y, loss = holder.weight, nn.MMDLoss(cache_y=True)
+
+    def check(points: torch.Tensor = x) -> None:
+        torch.testing.assert_close(loss(points, y), F.mmd(points, y), rtol=1e-4, atol=1e-6)
+
+    check()
+    version = y._version
+    y.data = torch.randn(9, 3) + 5
+    check()
+    y.data = y.data[:4]
+    check()
+    y.data = y.data.T.contiguous().T
+    check()
+    holder.double()
+    check(x.double())
+    assert y._version == version
