@@ -87,7 +87,7 @@ def _power(x, alpha, PTX: tl.constexpr):
 
 @triton.jit
 def _evaluate(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
-    """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN. `mmd_launch.in_units` makes parameters
+    """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN. `mmd_units.in_units` makes parameters
     and FORM, which says how the terms of a sum hang together."""
     if KIND == IMQ_PAIRS:
         # v = 1/(1 + u), z = v − v²:  k = v + Σ (2v + bz)/(1 + bz),  w = v² (1 + 2R + (1 − 4z) S),

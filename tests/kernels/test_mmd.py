@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels import mmd, mmd_launch, mmd_slab
+from fastgen.kernels import mmd, mmd_launch, mmd_slab, mmd_units
 from torch import Tensor
 
 from fastgen.ops.mmd import coefficients, inverse_pairs
@@ -214,7 +214,7 @@ def test_the_kernels_over_their_whole_range(kind: str, values: tuple[float, ...]
     pairs = inverse_pairs(values) if kind == "imq" else None
     second = kind != "laplacian" and pairs is None
     parameters = (1.0, *values) if kind == "rational_quadratic" else values
-    name, base, units, form, slope = mmd_launch.in_units(kind, parameters, pairs, second)
+    name, base, units, form, slope = mmd_units.in_units(kind, parameters, pairs, second)
     u = torch.cat([torch.zeros(1), torch.logspace(-9, 30, 3000), torch.rand(1092) * 5, torch.full((3,), float("inf"))])
     got = torch.zeros(3, 4096)
     _evaluated[(1,)](u, got, units, KIND=mmd.KINDS[name], FORM=form, COUNT=4096, SECOND=second)
@@ -239,7 +239,7 @@ def test_the_kernels_over_their_whole_range(kind: str, values: tuple[float, ...]
 
 
 def test_which_exponentials_are_squares() -> None:
-    squarings = mmd_launch._squarings
+    squarings = mmd_units.squarings
     assert squarings((1.0, 4.0, 16.0, 64.0, 256.0)) == (0, 2, 0, 2, 0)
     assert squarings((1.0, 2.0, 4.0, 8.0, 16.0, 32.0)) == (0, 1, 1, 0, 1, 1)
     assert squarings((1.0, 2.1, 8.4, 8.4)) == (0, 0, 2, 0)
