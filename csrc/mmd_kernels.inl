@@ -145,7 +145,6 @@ FASTGEN_INLINE Vec<T> exp_negative(Vec<T> x) {
 template <class T>
 struct ImqPairs {
     static constexpr Metric metric = expanded;
-    static constexpr bool vanishes = true;
     double base;
     T q[4], a[3], b[3], c[6];
 
@@ -187,7 +186,6 @@ struct ImqPairs {
 template <class T>
 struct ImqSum {
     static constexpr Metric metric = expanded;
-    static constexpr bool vanishes = true;
     std::vector<T> a;
     double base;
 
@@ -218,7 +216,6 @@ struct ImqSum {
 template <class T>
 struct Rbf {
     static constexpr Metric metric = expanded;
-    static constexpr bool vanishes = true;
     std::vector<T> rate;
     std::vector<int> squarings;
     double base;
@@ -263,7 +260,6 @@ struct Rbf {
 template <class T>
 struct Laplacian {
     static constexpr Metric metric = direct;
-    static constexpr bool vanishes = true;
     std::vector<T> rate;
     double base;
 
@@ -295,7 +291,6 @@ struct Laplacian {
 template <class T>
 struct Energy {
     static constexpr Metric metric = direct;
-    static constexpr bool vanishes = false;
     double base = 1;
 
     explicit Energy(const std::vector<double>&) {}
@@ -315,7 +310,6 @@ struct Energy {
 template <class T>
 struct RationalQuadratic {
     static constexpr Metric metric = expanded;
-    static constexpr bool vanishes = false;
     std::vector<T> alpha, inverse;
     double base;
 
@@ -348,7 +342,6 @@ struct RationalQuadratic {
 template <class T>
 struct Polynomial {
     static constexpr Metric metric = inner;
-    static constexpr bool vanishes = false;
     int degree;
     T coef;
     double base;

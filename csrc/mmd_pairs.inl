@@ -105,7 +105,7 @@ struct Pairs {
     bool wants_gradient(int64_t t) const { return t < tiles_x ? arguments.gx != nullptr : arguments.gy != nullptr; }
 
     // A tile's points, centred and scaled. Padding is zero, and infinitely far away; so that nothing else is taken for it,
-    // points that far out become NaN where the kernel would not vanish there.
+    // and no distance that overflows for one that is known, points that far out become NaN.
     void pack(int64_t t, int64_t item, const std::vector<double>& centre) {
         const double scale = 1 / std::sqrt(kernel.base);
         const int64_t count = points(t);
@@ -139,7 +139,7 @@ struct Pairs {
                 }
             for (int64_t l = 0; l < panel; ++l) {
                 const double norm = squares[l / side][l % side] / (in_panels * in_panels);
-                const bool outside = !Kernel::vanishes && !(norm < none<T> / 4);
+                const bool outside = !(norm < none<T> / 4);
                 h[block + l] = block + l >= count ? no_pair
                                : outside          ? std::numeric_limits<T>::quiet_NaN()
                                : metric == expanded ? T(norm)

@@ -17,7 +17,7 @@ LARGEST_BATCH = 65535  # of CUDA's second grid axis
 LARGEST_DEGREE = 16  # the power is made of as many multiplications
 ROOTED = ("laplacian", "energy")
 COSTLY = ("rational_quadratic", *ROOTED)  # kernels that need more registers than WAE's seven scales do
-FINITE = 3.4028234663852886e38
+LARGEST = 1.25e34  # square of a point: beyond, a distance that overflows would be taken for one that does not count
 XX, YY, XY = 1, 2, 4
 # What is compiled ahead of time: of scales that are no pairs seven too, the ladders of `F.RBF` and `F.Laplacian`.
 LISTED: dict[str, tuple[float, ...]] = {
@@ -121,11 +121,9 @@ class _Packed:
             "PRECISION": self.precision,
             "PTX": x.is_cuda and torch.version.hip is None,
         }
-        # A kernel that does not vanish far out would take a distance that overflows for one that does not count.
-        limit = FINITE / 4 if kind in ("energy", "polynomial", "rational_quadratic") else FINITE
         self.z = x.new_empty(self.items, self.padded, self.dp, dtype=torch.float32)
         self.norm = x.new_empty(self.items, self.padded, dtype=torch.float32)
-        self.pack(x, y, self.z, self.norm, limit, not self.inner)
+        self.pack(x, y, self.z, self.norm, LARGEST, not self.inner)
         self.weight: Tensor | None = None
         if x_weight is not None or y_weight is not None:
             self.weight = x.new_zeros(self.items, self.padded, dtype=torch.float32)
@@ -348,7 +346,7 @@ def hessian_product(
     with torch.cuda.device_of(x):
         packed = _Packed(x, y, precision, None, kind, parameters, estimator, x_weight, y_weight, coefficients, True)
         v = torch.empty_like(packed.z)
-        packed.pack(vx, torch.zeros_like(y) if vy is None else vy, v, None, FINITE, False)
+        packed.pack(vx, torch.zeros_like(y) if vy is None else vy, v, None, LARGEST, False)
         out = [p.new_zeros(p.shape, dtype=torch.float32) for p in ((x,) if vy is None else (x, y))]
         packed.through_slabs(out, terms, (v, (packed.z * v).sum(-1)), None)
     return out[0], out[1] if vy is not None else x.new_empty(0, dtype=torch.float32)

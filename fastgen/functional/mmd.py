@@ -289,7 +289,8 @@ def mmd(
         are expanded about the common centre of both samples; sums over pairs end in float64. In float32 a squared
         distance is off by about 2⁻²³·R², R being the largest distance from that centre (the Laplacian and energy
         kernels excepted): for clusters far apart relative to the bandwidth take float64. Points that are not
-        finite, or whose squares overflow, give NaN. Differentiable twice in x and y, a third derivative raises; only
+        finite give NaN, and so do those beyond 1e17 (of float64: 1e149) from the centre, plainly or in units of the
+        kernel's scale: their squares overflow. Differentiable twice in x and y, a third derivative raises; only
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in one pass
         on the CPU and in O((N + M)·D) memory everywhere. On a GPU float64 points, degrees beyond 16 and second
         derivatives of the Laplacian and energy kernels run on blocked matrix products, in full precision; these two

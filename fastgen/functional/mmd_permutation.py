@@ -40,7 +40,8 @@ def mmd_permutation_test(
         y: [M, D], of x's dtype and device; N ≠ M is fine.
         kernel: as `mmd`: an object, or a name for its defaults, whose scale is that of standard normal points.
             "median": one Gaussian, exp(−d²/m) with m the median of the pooled points' squared distances, for any scale
-            of data; it does not know which point is whose, so the test stays exact.
+            of data; it does not know which point is whose, so the test stays exact. (NaN where it is zero: more than
+            half of the pairs are of equal points.)
         n_permutations: at least 1; p is no smaller than 1/(1 + n_permutations).
         seed: of the permutations; the same seed, N and M give the same ones on every device.
         estimator: "unbiased" or "biased", as `mmd`. (A "u_statistic" depends on who is paired with whom.)

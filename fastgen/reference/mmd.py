@@ -19,6 +19,7 @@ BLOCK = 1 << 21  # elements of one block of kernel values: 8 MiB in float32
 XX, YY, XY = 1, 2, 4
 ALL = XX | YY | XY
 ROOTED = ("laplacian", "energy")  # kernels of d and not of d²: an expanded d² near zero would have no digit right
+LARGEST = {torch.float32: 1.25e34, torch.float64: 1.25e299}  # square of a point that is still one, as in the kernels
 
 
 class Options(NamedTuple):
@@ -36,6 +37,11 @@ class Options(NamedTuple):
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums of `dtype` are made and returned in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_reach(points: Tensor) -> Tensor:
+    """The points, those so far out that distances overflow as NaN: an infinite d² would pass for one that is known."""
+    return points.masked_fill(~((points * points).sum(-1, keepdim=True) < LARGEST[points.dtype]), float("nan"))
 
 
 def weights(n: int, m: int, estimator: str) -> tuple[float, float, float]:
@@ -78,6 +84,7 @@ class _Problem:
             # One centre for both keeps the expanded distances exact where it matters, and makes inf NaN everywhere.
             centre = torch.cat([self.x, self.y], dim=-2).mean(-2, keepdim=True)
             self.x, self.y = self.x - centre, self.y - centre
+        self.x, self.y = in_reach(self.x), in_reach(self.y)
         self.p, self.q = (
             None if w is None else w.to(work).reshape(-1, w.shape[-1]).expand(items, -1)
             for w in (options.x_weight, options.y_weight)

@@ -24,6 +24,7 @@ def split_sums(
     z = z.double()
     if kind != "polynomial":
         z = z - z.mean(0)
+    z = mmd.in_reach(z)
     norm = (z * z).sum(1)
     inside = z.new_zeros(member.shape[1])
     touched, total = torch.zeros_like(inside), z.new_zeros(())

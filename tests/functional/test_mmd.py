@@ -194,6 +194,24 @@ def test_non_finite_points_give_nan(bad: float, name: str, run: str) -> None:
 
 
 @pytest.mark.parametrize("run", [*RUNS, "triton"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_points_whose_squares_overflow_give_nan(name: str, run: str) -> None:
+    """And not what is known of points out of each other's reach: all at one place out there, they are near."""
+    single, double = torch.float32, torch.float64
+    for dtype, where in ((single, 1e20), (single, 1e25), (single, 3e38), (double, 1e155), (double, 1e300)):
+        for rows in (slice(3, 4), slice(None)):
+            x, y = points(12, 9, 4, dtype)
+            x[rows, 1] = where
+            with backend.force(run):
+                result = F.mmd(x.requires_grad_(), y, kernel=KERNELS[name], precision="ieee")
+                result.backward()
+            assert result.isnan(), (dtype, where, rows)
+            assert x.grad is not None
+            # The slope of a linear kernel is 1 everywhere.
+            assert name == "polynomial_linear" or not x.grad.isfinite().all(), (dtype, where, rows)
+
+
+@pytest.mark.parametrize("run", [*RUNS, "triton"])
 @pytest.mark.parametrize(
     "kernel",
     [
