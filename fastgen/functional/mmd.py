@@ -20,7 +20,14 @@ from fastgen.functional.mmd_kernels import (
     RationalQuadratic,
     resolve,
 )
-from fastgen.functional.mmd_weights import check_weight, differentiable, taken_out, weighted
+from fastgen.functional.mmd_weights import (
+    check_weight,
+    differentiable,
+    in_coefficients,
+    in_shares,
+    taken_out,
+    weighted,
+)
 from fastgen.ops import mmd as ops
 
 __all__ = [
@@ -119,7 +126,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
         raise NotImplementedError(
-            "fastgen mmd: third-order gradients are not built; what works: first and second order in x and y"
+            "fastgen mmd: third-order gradients are not built; what works: first and second order"
         )
 
 
@@ -146,27 +153,104 @@ class _WeightedMMD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "fastgen mmd: second-order gradients with weights that have one are not built; what works: first "
-                "order, or x_weight.detach() and y_weight.detach()"
-            )
-        x, y, p, q, a, gx, gy = ctx.saved_tensors
-        kind, parameters, estimator, _ = ctx.options
-        xx, xy, yx, yy = ops.row_sums(x, y, kind, parameters, estimator, p, q)  # Σ_j of the kernel and the weight of j
-        a_xx, a_yy, a_xy = (a * upstream.double()[..., None])[..., None].unbind(-2)
-        p_gradient = 2 * (a_xx * xx - a_xy * xy)
-        q_gradient = 2 * (a_yy * yy - a_xy * yx) if ctx.terms & 2 else -2 * a_xy * yx
-        sums = [(p * xx).sum(-1), (q * yy).sum(-1), -2 * (p * xy).sum(-1)]
-        a_gradient = torch.stack(sums, -1) * upstream.double()[..., None]
-        return (
-            *_scaled(upstream, x.dtype, gx, gy),
-            p_gradient.to(p.dtype),
-            q_gradient.to(q.dtype),
-            a_gradient,
-            None,
-            None,
-        )
+        gradients: Any = _WeightedGradient.apply if torch.is_grad_enabled() else _weighted_gradients
+        return *gradients(upstream, *ctx.saved_tensors, ctx.options, ctx.terms), None, None
+
+
+def _weighted_gradients(
+    upstream: Tensor,
+    x: Tensor,
+    y: Tensor,
+    p: Tensor,
+    q: Tensor,
+    a: Tensor,
+    gx: Tensor | None,
+    gy: Tensor | None,
+    options: Options,
+    terms: int,
+) -> tuple[Tensor | None, ...]:
+    """upstream times the gradients of MMD² in x, y, p, q and a."""
+    sums = ops.row_sums(x, y, *options[:3], p, q)
+    scale = upstream.double()[..., None]
+    gp, gq = (g * scale for g in in_shares(a, sums, terms))
+    return *_scaled(upstream, x.dtype, gx, gy), gp.to(p.dtype), gq.to(q.dtype), in_coefficients(p, q, sums) * scale
+
+
+class _WeightedGradient(torch.autograd.Function):
+    """`_weighted_gradients`; their own gradient is the Hessian's product, of weights and coefficients too."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        *tensors, ctx.options, ctx.terms = given
+        ctx.save_for_backward(*tensors)
+        return _weighted_gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+        products = _WeightedProduct.apply(*v, *ctx.saved_tensors, ctx.options, ctx.terms)
+        return *products, None, None, None, None
+
+
+class _WeightedProduct(torch.autograd.Function):
+    """As `_Product`."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        vx, vy, vp, vq, va, upstream, x, y, p, q, a, gx, gy, options, terms = given
+        sums = ops.row_sums(x, y, *options[:3], p, q)
+        change: Sequence[Tensor] = ops.row_sums(x, y, *options[:3], vp, vq)
+        if vx is not None or vy is not None:
+            moved = ops.row_sums(x, y, *options[:3], p, q, ops.ALL, vx, vy)
+            change = [s + t for s, t in zip(change, moved, strict=True)]
+        hp, hq = (s + t for s, t in zip(in_shares(a, change, terms), in_shares(va, sums, terms), strict=True))
+        ha = in_coefficients(p, q, change) + in_coefficients(vp, vq, sums)
+        gp, gq = in_shares(a, sums, terms)
+        along = (vp * gp).sum(-1) + (vq * gq).sum(-1) + (va * in_coefficients(p, q, sums)).sum(-1)
+        for v, g in ((vx, gx), (vy, gy)):
+            if v is not None and g is not None:
+                along = along + (v * g).sum((-2, -1))
+        hx, hy = _moved_gradients((x, y, p, q, a), (vx, vy, vp, vq, va), options, terms)
+        scale = upstream.double()[..., None]
+        of_shares = (hp * scale).to(p.dtype), (hq * scale).to(q.dtype)
+        return along.to(upstream.dtype), *_scaled(upstream, x.dtype, hx, hy), *of_shares, ha * scale
+
+    backward = _Product.backward
+
+
+def _moved_gradients(
+    at: Sequence[Tensor], v: Sequence[Any], options: Options, terms: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """How MMD²'s gradients in x and y change along v, which is of x, y, p, q and a; x or y without is a constant."""
+    x, y, p, q, a = at
+    vx, vy, vp, vq, va = v
+    kind, parameters, estimator, precision = options
+    if vx is None and vy is None:
+        return None, None
+    if vx is None:
+        swapped, moved = (y, x, q, p, a[..., [1, 0, 2]]), (vy, vx, vq, vp, va[..., [1, 0, 2]])
+        hy, hx = _moved_gradients(swapped, moved, options, _swapped((*options, None, None, None, terms))[-1])
+        return hx, hy
+    hx, hy = ops.hessian_product(x, y, vx, vy, *options, p, q, a, terms)
+
+    def pulled(
+        points: Tensor, own: Tensor, v_own: Tensor, other: Tensor, weight: Tensor, v_weight: Tensor, which: int
+    ) -> Tensor | float:
+        """How the gradient in points of coefficient Σ ownᵢ weightⱼ k(pointsᵢ, otherⱼ) changes, but for the points."""
+        if not terms & (1, 2, 4)[which]:
+            return 0.0
+        off = "u_statistic" if estimator == "u_statistic" or (estimator == "unbiased" and which < 2) else "biased"
+        sign, plain = (-2 if which == 2 else 2), a.new_tensor([0.0, 0.0, -0.5])
+        a_own, va_own = (sign * c[..., which, None] * own for c in (a, va))
+        found: Tensor | float = 0.0
+        for scale, w in ((sign * a[..., which, None] * v_own + va_own, weight), (a_own, v_weight)):
+            given = (kind, parameters, off, precision, torch.ones_like(own), w, plain, 4)
+            found = found + scale[..., None] * ops.value_grad_x(points, other, *given)[1]
+        return found
+
+    hx = hx + pulled(x, p, vp, x, p, vp, 0) + pulled(x, p, vp, y, q, vq, 2)
+    if vy is None:
+        return hx, None
+    return hx, hy + pulled(y, q, vq, y, q, vq, 1) + pulled(y, q, vq, x, p, vp, 2)
 
 
 def _scaled(
@@ -263,7 +347,7 @@ def mmd(
             "biased": a_xx = a_yy = a_xy = 1; "unbiased": a_xx = 1/(1 − Σp²), a_yy = 1/(1 − Σq²), a_xy = 1, the mean
             over pairs i ≠ j drawn with these weights; "u_statistic": a_xy = 1/(1 − Σpq) too. Equal weights give the
             unweighted value; a weight of zero takes the point out; all the weight on one point leaves "unbiased"
-            without a pair, NaN. They may require gradients (once, and at the reference's speed), which see the
+            without a pair, NaN. They may require gradients (at the reference's speed), which see the
             division by the sum: along the weights themselves nothing changes. Points of weight zero then do move the
             common centre.
         precision: how the GPU makes its inner products, in Triton's terms: "ieee", "bf16x6", "tf32x3", "bf16x3",
@@ -273,7 +357,8 @@ def mmd(
             rounding that of a single process, and the gradient of it in its own shard: DistributedDataParallel, which
             averages gradients, asks for a loss multiplied by the number of processes. Collective: all processes call
             it. A shard at a time is broadcast, so that memory stays O(N·D) of two shards. "u_statistic" pairs x and y
-            by their place in the shards. Differentiable once. Shard sizes are exchanged on the host.
+            by their place in the shards. Differentiable once; weights ask for gradients on every process or on none.
+            Shard sizes are exchanged on the host.
 
     Returns:
         MMD², [] or [B], float64 for float64 points, else float32. It may be negative unless the estimator is biased.
@@ -282,7 +367,7 @@ def mmd(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; fewer than two points
             where i ≠ j asks for two; weights that are negative or sum to zero (on a GPU and in a compiled graph, where
             nothing waits for the data: NaN).
-        NotImplementedError: an option that is not built yet; weights that require a gradient, with `group`.
+        NotImplementedError: second derivatives with `group`, third ones, forward-mode differentiation.
 
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
@@ -290,7 +375,7 @@ def mmd(
         distance is off by about 2⁻²³·R², R being the largest distance from that centre (the Laplacian and energy
         kernels excepted): for clusters far apart relative to the bandwidth take float64. Points that are not
         finite give NaN, and so do those beyond 1e17 (of float64: 1e149) from the centre, plainly or in units of the
-        kernel's scale: their squares overflow. Differentiable twice in x and y, a third derivative raises; only
+        kernel's scale: their squares overflow. Differentiable twice, a third derivative raises; only
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in one pass
         on the CPU and in O((N + M)·D) memory everywhere. On a GPU float64 points, degrees beyond 16 and second
         derivatives of the Laplacian and energy kernels run on blocked matrix products, in full precision; these two

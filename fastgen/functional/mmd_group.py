@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.mmd_weights import weighted
+from fastgen.functional.mmd_weights import differentiable, in_weights, weighted
 from fastgen.ops import mmd as ops
 
 
@@ -28,21 +28,22 @@ def grouped(
 
     checked: this process's points, kernel, parameters, estimator and precision, or what is wrong with its arguments:
     all processes hear of it, and none waits for one that has left."""
-    use_of_weights = x_weight is not None or y_weight is not None
+    learnt = [differentiable(w) for w in (x_weight, y_weight)]
+    use_of_weights = int(x_weight is not None or y_weight is not None) + learnt[0] + 2 * learnt[1]
     if isinstance(checked, Exception):
         _exchange([0] * 8, group)
         raise checked
     x, y, options = checked
     counts = _counts(x, y, options, use_of_weights, group)
     x, y = _emptied(x, x_weight, y), _emptied(y, y_weight, x)
-    result: Tensor = _Grouped.apply(x, y, (*options, x_weight, y_weight, group, counts))
+    result: Tensor = _Grouped.apply(x, y, x_weight, y_weight, (*options, group, counts))
     return result
 
 
 def _emptied(points: Tensor, weight: Tensor | None, others: Tensor) -> Tensor:
     """A shard without any weight counts for nothing: it is moved onto a point of the other sample, as `taken_out` does
     with points of a shard that has some."""
-    if weight is None:
+    if weight is None or differentiable(weight):
         return points
     return torch.where((weight != 0).any(-1)[..., None, None], points, others[..., :1, :].detach())
 
@@ -51,10 +52,15 @@ class _Grouped(torch.autograd.Function):
     """Each process meets its own points with everybody's, a shard at a time; each shard is sent once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, options: tuple[Any, ...]) -> Tensor:
-        ctx.dtype = x.dtype
-        value, gx, gy = _forward(x.detach(), y.detach(), *ctx.needs_input_grad[:2], *options)
-        ctx.save_for_backward(gx, gy)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, x_weight: Tensor | None, y_weight: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
+        given = (x, y, x_weight, y_weight)
+        arguments: list[Any] = [t if t is None else t.detach() for t in given]
+        arguments += (ctx.needs_input_grad, *options)
+        value, gradients = _forward(*arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.like = [t if t is None else (t.dtype, t.ndim) for t in given]
         return value
 
     @staticmethod
@@ -63,9 +69,14 @@ class _Grouped(torch.autograd.Function):
             raise NotImplementedError(
                 "fastgen mmd: second-order gradients with group= are not built; what works: first order, or group=None"
             )
-        scale = upstream[..., None, None]
-        gx, gy = (None if g is None else (g * scale).to(ctx.dtype) for g in ctx.saved_tensors)
-        return gx, gy, None
+        found: list[Tensor | None] = []
+        for gradient, like in zip(ctx.saved_tensors, ctx.like, strict=True):
+            if gradient is not None:
+                gradient = gradient * upstream.reshape(*upstream.shape, *[1] * (gradient.ndim - upstream.ndim))
+                dtype, ndim = like
+                gradient = (gradient if gradient.ndim == ndim else gradient.sum(0)).to(dtype)  # weights of all batches
+            found.append(gradient)
+        return *found, None
 
 
 def _exchange(own: list[int], group: Any) -> list[list[int]]:
@@ -77,11 +88,11 @@ def _exchange(own: list[int], group: Any) -> list[list[int]]:
     return found
 
 
-def _counts(x: Tensor, y: Tensor, options: tuple[Any, ...], weighted: bool, group: Any) -> list[tuple[int, int]]:
+def _counts(x: Tensor, y: Tensor, options: tuple[Any, ...], weighted: int, group: Any) -> list[tuple[int, int]]:
     """(N, M) of every process; what does not fit together raises on all of them."""
     batch = x.shape[0] if x.ndim == 3 else -1
     chosen = zlib.crc32(repr(options).encode())
-    own = [1, x.shape[-2], y.shape[-2], x.shape[-1], batch, check.FLOATS.index(x.dtype), int(weighted), chosen]
+    own = [1, x.shape[-2], y.shape[-2], x.shape[-1], batch, check.FLOATS.index(x.dtype), weighted, chosen]
     rows = _exchange(own, group)
     if wrong := [rank for rank, row in enumerate(rows) if not row[0]]:
         raise ValueError(f"group: expected good arguments on every process, got errors on {wrong}")
@@ -104,17 +115,18 @@ def _counts(x: Tensor, y: Tensor, options: tuple[Any, ...], weighted: bool, grou
 def _forward(
     x: Tensor,
     y: Tensor,
-    for_x: bool,
-    for_y: bool,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    needed: Sequence[bool],
     kind: str,
     parameters: Sequence[float],
     estimator: str,
     precision: str,
-    x_weight: Tensor | None,
-    y_weight: Tensor | None,
     group: Any,
     counts: list[tuple[int, int]],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The value and the gradients of x, y and their weights."""
+    for_x, for_y, *for_weights = needed[:4]
     x, y = x.contiguous(), y.contiguous()
     p: Tensor | None = None
     q: Tensor | None = None
@@ -136,6 +148,9 @@ def _forward(
     else:
         part = ops.value(*own)
     value += part
+    sums: list[Tensor] = []  # of each own point over everybody's: xx, xy, yx, yy
+    if any(for_weights):
+        sums = list(ops.row_sums(x, y, kind, parameters, estimator, p, q))
     # A pair of points of two processes is met by both: half of its value for each, all of its gradient for its owner.
     # The ops subtract 2·a_xy times the sum: these factors make it a_xx, a_yy or −2·a_xy times half of both orders.
     zero = torch.zeros_like(a[..., 0])
@@ -170,6 +185,20 @@ def _forward(
                 else:
                     part = ops.value(points, remote, *options)
                 value += part
+        own_and_remote = (
+            (x, p, x_there, p_there),
+            (x, p, y_there, q_there),
+            (y, q, x_there, p_there),
+            (y, q, y_there, q_there),
+        )
+        for total, (points, weight, remote, remote_weight) in zip(sums, own_and_remote, strict=False):
+            total += ops.row_sums(points, remote, kind, parameters, "biased", weight, remote_weight, 4)[1]
     parts = [torch.empty_like(value) for _ in counts]
     dist.all_gather(parts, value, group=group)
-    return torch.stack(parts).sum(0).to(ops.accumulator(x.dtype)), gx, gy
+    value = torch.stack(parts).sum(0).to(ops.accumulator(x.dtype))
+    if not sums:
+        return value, (gx, gy, None, None)
+    assert p is not None
+    assert q is not None
+    of_weights = in_weights(x_weight, y_weight, p, q, a, estimator, sums, group)
+    return value, (gx, gy, *(g if asked else None for g, asked in zip(of_weights, for_weights, strict=True)))

@@ -1,5 +1,6 @@
 """Weights of the points of an MMD: what may be one, and what they make of its three sums."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ def check_weight(name: str, weight: Any, points_name: str, points: Tensor, shard
         raise ValueError(f"{name}: expected shape {expected} to go with {points_name}, got {list(weight.shape)}")
     if weight.device != points.device:
         raise ValueError(f"{name}: expected the device of {points_name}, {points.device}, got {weight.device}")
-    if shard and differentiable(weight):
-        raise NotImplementedError(f"{name}: gradients in weights are not built with group=; what works: group=None")
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         # On a GPU, and in a compiled graph, looking would wait for the device or break the graph: NaN tells there.
         if bool((weight < 0).any()):
@@ -76,6 +75,48 @@ def weighted(
     coefficients = torch.where(left > 0, 1 / left, float("nan")).movedim(0, -1).contiguous()
     dtype = ops.accumulator(x.dtype)
     return p.to(dtype), q.to(dtype), coefficients
+
+
+def in_shares(a: Tensor, sums: Sequence[Tensor], terms: int = ops.ALL) -> tuple[Tensor, Tensor]:
+    """The gradients of MMD² in p and q, its coefficients a held still. sums: of the kernel times the others' p or q,
+    for each point of x over all of x, of x over y, of y over x and of y over y."""
+    xx, xy, yx, yy = sums
+    a_xx, a_yy, a_xy = a[..., None].unbind(-2)
+    return 2 * (a_xx * xx - a_xy * xy), 2 * (a_yy * yy - a_xy * yx) if terms & 2 else -2 * a_xy * yx
+
+
+def in_coefficients(p: Tensor, q: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """The gradients of MMD² in its coefficients, [3] or [B, 3]."""
+    xx, xy, _, yy = sums
+    return torch.stack([(p * xx).sum(-1), (q * yy).sum(-1), -2 * (p * xy).sum(-1)], -1)
+
+
+def in_weights(
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    a: Tensor,
+    estimator: str,
+    sums: Sequence[Tensor],
+    group: Any,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of MMD² in the weights that `weighted` made p, q and the coefficients a of; sums as in `in_shares`,
+    over all processes' points."""
+    gp, gq = in_shares(a, sums)
+    p, q = p.double(), q.double()
+    if estimator != "biased":  # the coefficients are 1/(1 − Σp²), 1/(1 − Σq²) and of a u-statistic 1/(1 − Σpq)
+        xx, yy, xy = (a**2 * _of_all(in_coefficients(p, q, sums), group))[..., None].unbind(-2)
+        gp, gq = gp + 2 * xx * p, gq + 2 * yy * q
+        if estimator == "u_statistic":
+            gp, gq = gp + xy * q, gq + xy * p
+    along = _of_all(torch.stack([(p * gp).sum(-1), (q * gq).sum(-1)]), group)
+    totals = [
+        torch.ones_like(share).sum(-1) if weight is None else weight.double().expand(share.shape).sum(-1)
+        for weight, share in ((x_weight, p), (y_weight, q))
+    ]
+    gp, gq = _divided(gp - along[0, ..., None], gq - along[1, ..., None], _of_all(torch.stack(totals), group))
+    return gp, gq
 
 
 def _divided(p: Tensor, q: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:

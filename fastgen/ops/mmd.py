@@ -36,8 +36,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastgen::mmd_row_sums",
-    "(Tensor x, Tensor y, str kind, float[] parameters, str estimator, Tensor x_weight, Tensor y_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor y, str kind, float[] parameters, str estimator, Tensor x_weight, Tensor y_weight, "
+    "int terms=7, Tensor? vx=None, Tensor? vy=None) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -174,10 +174,20 @@ def _hessian_product(
 
 
 def _row_sums(
-    x: Tensor, y: Tensor, kind: str, parameters: Any, estimator: str, x_weight: Tensor, y_weight: Tensor
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    parameters: Any,
+    estimator: str,
+    x_weight: Tensor,
+    y_weight: Tensor,
+    terms: int = ALL,
+    vx: Tensor | None = None,
+    vy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     # Blocked matrix products everywhere: weights are learnt less often than points.
-    return reference.row_sums(x, y, reference.Options(kind, parameters, estimator, x_weight, y_weight))
+    options = reference.Options(kind, parameters, estimator, x_weight, y_weight, None, terms)
+    return reference.row_sums(x, y, options, vx, vy)
 
 
 def _vmap(*_: object) -> NoReturn:

@@ -161,25 +161,44 @@ def hessian_product(x: Tensor, y: Tensor, vx: Tensor, vy: Tensor | None, options
     )
 
 
-def row_sums(x: Tensor, y: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σⱼ pⱼ k(xᵢ, xⱼ), Σⱼ qⱼ k(xᵢ, yⱼ), Σᵢ pᵢ k(xᵢ, yⱼ) and Σᵢ qᵢ k(yᵢ, yⱼ) over the pairs that the estimator counts,
-    in float64; both weights are given."""
+def row_sums(
+    x: Tensor, y: Tensor, options: Options, vx: Tensor | None = None, vy: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σⱼ pⱼ k(xᵢ, xⱼ), Σⱼ qⱼ k(xᵢ, yⱼ), Σᵢ pᵢ k(xᵢ, yⱼ) and Σᵢ qᵢ k(yᵢ, yⱼ) over the pairs that the estimator and
+    `terms` count, in float64; both weights are given. With vx or vy: how these change along them."""
     with torch.autocast(x.device.type, enabled=False):
-        problem = _Problem(x, y, options)
+        order = int(vx is not None or vy is not None)
+        problem = _Problem(x, y, options, wide=order > 0 and options.kind in ROOTED)
         a, b, p, q = problem.x, problem.y, problem.p, problem.q
         assert p is not None
         assert q is not None
+        va, vb = (torch.zeros_like(z) if v is None else v.to(z.dtype).reshape(z.shape) for z, v in ((a, vx), (b, vy)))
         found = [w.new_zeros(w.shape, dtype=torch.float64) for w in (p, p, q, q)]
-        for out, points, weight, which in ((found[0], a, p, XX), (found[3], b, q, YY)):
-            for rows, (k,) in _blocks(points, points, None, weight, problem, options, which, 0):
-                out[:, rows] = k.sum(2, dtype=torch.float64)
-        for rows, (k,) in _blocks(a, b, None, None, problem, options, XY, 0):
+
+        def matrices(s: Tensor, t: Tensor, vs: Tensor, vt: Tensor, which: int) -> Iterator[tuple[slice, Tensor]]:
+            if options.terms & which:
+                for rows, values in _blocks(s, t, None, None, problem, options, which, order):
+                    k = values[order]
+                    yield rows, k * _along(s[:, rows], t, vs[:, rows], vt, options.kind) if order else k
+
+        for out, points, v, weight, which in ((found[0], a, va, p, XX), (found[3], b, vb, q, YY)):
+            for rows, k in matrices(points, points, v, v, which):
+                out[:, rows] = (k * weight[:, None, :]).sum(2, dtype=torch.float64)
+        for rows, k in matrices(a, b, va, vb, XY):
             found[1][:, rows] = (k * q[:, None, :]).sum(2, dtype=torch.float64)
             found[2] += (k * p[:, rows, None]).sum(1, dtype=torch.float64)
     xx, xy, yx, yy = (
         out.reshape(shape) for out, shape in zip(found, (*[x.shape[:-1]] * 2, *[y.shape[:-1]] * 2), strict=True)
     )
     return xx, xy, yx, yy
+
+
+def _along(a: Tensor, b: Tensor, va: Tensor, vb: Tensor, kind: str) -> Tensor:
+    """How the q of `_kernel`, a squared distance or an inner product, of every pair changes along (va, vb)."""
+    crossed = va @ b.mT + a @ vb.mT
+    if kind == "polynomial":
+        return crossed
+    return 2 * ((a * va).sum(-1, keepdim=True) + (b * vb).sum(-1)[:, None, :] - crossed)
 
 
 def _blocks(
@@ -261,11 +280,9 @@ def _second_sweep(
     """How Σ_j ∂k/∂a_i, and where asked Σ_i ∂k/∂b_j, change along (va, vb)."""
     ha, hb = torch.zeros_like(a), torch.zeros_like(b)
     expanded = options.kind != "polynomial"
-    own_b = (b * vb).sum(-1)[:, None, :]
     for rows, (_, first, second) in _blocks(a, b, wa, wb, problem, options, which, 2):
         part, v = a[:, rows], va[:, rows]
-        crossed = v @ b.mT + part @ vb.mT
-        bent = second * (2 * ((part * v).sum(-1, keepdim=True) + own_b - crossed)) if expanded else second * crossed
+        bent = second * _along(part, b, v, vb, options.kind)
         ha[:, rows] = _pull(first, v, vb, expanded) + _pull(bent, part, b, expanded)
         if for_b:
             hb += _pull(first.mT, vb, v, expanded) + _pull(bent.mT, b, part, expanded)

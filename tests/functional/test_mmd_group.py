@@ -37,15 +37,16 @@ def work(rank: int, world: int, folder: str) -> None:
     found: list[Any] = []
     for name, estimator, weighted in CASES:
         x, y, p, q = (shard(t, rank, world) for t in sample(estimator))
-        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        x, y, p, q = (t.clone().requires_grad_() for t in (x, y, p, q))
         weights = {"x_weight": p, "y_weight": q} if weighted else {}
         value = F.mmd(x, y, kernel=KERNELS[name], estimator=estimator, group=dist.group.WORLD, **weights)
         (value * 3).backward()
         alone = x.detach().clone().requires_grad_()
         loss = nn.MMDLoss(KERNELS[name], estimator=estimator, group=dist.group.WORLD)
-        loss(alone, y.detach(), **weights).backward()
+        loss(alone, y.detach(), **{key: w.detach() for key, w in weights.items()}).backward()
         assert torch.allclose(alone.grad * 3, x.grad, rtol=1e-12, atol=1e-15)
-        found.append((value.detach(), x.grad, y.grad))
+        found.append((value.detach(), x.grad, y.grad, p.grad, q.grad))
+    batches(rank, world)
     if world > 1:
         for bad in ({"kernel": "imq"}, {"estimator": "u_statistic"}):
             wrong = torch.zeros(5 + rank, 5 if bad.get("estimator") else 3 + rank, dtype=torch.float64)
@@ -72,10 +73,7 @@ def work(rank: int, world: int, folder: str) -> None:
         ):
             F.mmd(good, good, kernel=F.RBF((1.0 + rank,)), group=dist.group.WORLD)
         learnt = weight.clone().requires_grad_(rank == 1)
-        error, says = (
-            (NotImplementedError, "x_weight: gradients in") if rank == 1 else (ValueError, "group: expected good")
-        )
-        with pytest.raises(error, match=says):
+        with pytest.raises(ValueError, match="group: expected the same use of weights on every process"):
             F.mmd(good, good, x_weight=learnt, group=dist.group.WORLD)
         with pytest.raises(ValueError, match="y_weight: expected weights that do not sum to zero over the processes"):
             F.mmd(good, good, y_weight=torch.zeros(6), group=dist.group.WORLD)
@@ -97,6 +95,25 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def batches(rank: int, world: int) -> None:
+    """Gradients of one side's weights, of each batch or of all, one of them zero."""
+
+    def own(t: Tensor, dim: int) -> Tensor:
+        return shard(t.movedim(dim, 0), rank, world).movedim(0, dim)
+
+    torch.manual_seed(1)
+    x, y = torch.randn(3, 13, 4, dtype=torch.float64), torch.randn(3, 17, 4, dtype=torch.float64) + 0.3
+    for p, tolerance in ((torch.rand(13), 1e-5), (torch.rand(3, 13, dtype=torch.float64), 1e-10)):
+        p[..., 2] = 0
+        for estimator in ("unbiased", "biased"):
+            whole, part = p.clone().requires_grad_(), own(p, -1).clone().requires_grad_()
+            F.mmd(x, y, estimator=estimator, x_weight=whole).sum().backward()
+            options = {"estimator": estimator, "x_weight": part, "group": dist.group.WORLD}
+            F.mmd(own(x, 1), own(y, 1), **options).sum().backward()
+            assert part.grad.dtype == p.dtype
+            torch.testing.assert_close(part.grad, own(whole.grad, -1), rtol=tolerance, atol=tolerance / 100)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_same_number_on_any_number_of_processes(world: int, tmp_path: Path) -> None:
     if world == 1:
@@ -106,15 +123,15 @@ def test_the_same_number_on_any_number_of_processes(world: int, tmp_path: Path) 
     shards = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
     for i, (name, estimator, weighted) in enumerate(CASES):
         x, y, p, q = sample(estimator)
-        x.requires_grad_()
-        y.requires_grad_()
+        for leaf in (x, y, p, q):
+            leaf.requires_grad_()
         weights = {"x_weight": p, "y_weight": q} if weighted else {}
         value = F.mmd(x, y, kernel=KERNELS[name], estimator=estimator, **weights)
         (value * 3).backward()
         for rank in range(world):
             torch.testing.assert_close(shards[rank][i][0], value.detach(), rtol=1e-12, atol=1e-13)
             assert torch.equal(shards[rank][i][0], shards[0][i][0])
-        for side, leaf in ((1, x), (2, y)):
+        for side, leaf in ((1, x), (2, y), *(((3, p), (4, q)) if weighted else ())):
             got = torch.cat([shards[rank][i][side] for rank in range(world)])
             torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-13)
 

@@ -203,10 +203,47 @@ def test_gradcheck_of_weights(estimator: str) -> None:
 
     leaves = [t.requires_grad_() for t in (x, y, p, q)]
     assert torch.autograd.gradcheck(loss, leaves)
-    (first,) = torch.autograd.grad(loss(*leaves), p)
-    assert abs(float(first @ p)) < 1e-14  # weights times a number are the same weights
-    with pytest.raises(NotImplementedError, match="second-order gradients with weights that have one are not built"):
-        torch.autograd.grad(loss(*leaves), p, create_graph=True)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+    (first,) = torch.autograd.grad(loss(*leaves), p, create_graph=True)
+    assert abs(float(first.detach() @ p.detach())) < 1e-14  # weights times a number are the same weights
+    (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third-order gradients are not built"):
+        torch.autograd.grad(second.sum(), x)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("estimator", ["unbiased", "biased", "u_statistic"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_second_derivatives_through_weights(name: str, estimator: str, run: str, oracle: ModuleType) -> None:
+    """Of points and weights in every mixture, in batches too, and through what comes from above."""
+    kind, parameters = KERNELS[name]._op(3)
+    for dtype, batch in ((torch.float64, ()), (torch.float64, (2,)), (torch.float32, ())):
+        n, m = 7, 7 if estimator == "u_statistic" else 5
+        x, y = torch.randn(*batch, n, 3, dtype=dtype), torch.randn(*batch, m, 3, dtype=dtype) * 1.2 + 0.3
+        given = (x, y, torch.rand(n, dtype=dtype) + 0.1, torch.rand(*batch, m, dtype=dtype) + 0.1)
+        directions = [torch.randn_like(t) for t in given]
+
+        def ours(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+            return F.mmd(x, y, kernel=KERNELS[name], estimator=estimator, x_weight=p, y_weight=q)
+
+        def naive(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+            result: Tensor = oracle.value(x, y, kind, tuple(parameters), estimator, p, q)
+            return result
+
+        for asked in ((0, 1, 2, 3), (0, 2), (1, 2), (2, 3), (3,)):
+            found = []
+            for function, wide in ((ours, dtype), (naive, torch.float64)):
+                leaves = [t.to(wide, copy=True).requires_grad_(i in asked) for i, t in enumerate(given)]
+                above = torch.ones(batch, dtype=wide, requires_grad=True)
+                with backend.force(run):
+                    at = [leaves[i] for i in asked]
+                    first = torch.autograd.grad(function(*leaves), at, above, create_graph=True)
+                    along = [(g * directions[i]).sum() for i, g in zip(asked, first, strict=True)]
+                    found.append(torch.autograd.grad(torch.stack(along).sum(), [*at, above]))
+            for got, want in zip(*found, strict=True):
+                assert got.dtype == dtype
+                error = (got.double() - want).norm()
+                assert error <= (1e-10 if dtype == torch.float64 else 2e-4) * (want.norm() + 0.1), (asked, dtype, batch)
 
 
 @pytest.mark.filterwarnings("ignore:.*TF32.*")
