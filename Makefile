@@ -63,11 +63,14 @@ bench: build
 	$(BIN)/python -m benchmarks report $(BENCH)/cpu.json
 
 # On a machine with a GPU, in place and without installing: python3 there has torch, triton, numpy and pybind11.
+# GPU_ARGS="--seconds 200" ends a stage earlier; where the copy is no git checkout, FASTGEN_COMMIT says what it is of.
+GPU_ARGS ?=
 gpu: gpu-$(STAGE)
 
 .PHONY: gpu-test gpu-bench gpu-tune gpu-profile
 gpu-test gpu-bench gpu-tune gpu-profile: gpu-%:
-	$(PYTHON) -m benchmarks gpu $* --results $(RESULTS)
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m benchmarks gpu $* --results $(RESULTS) $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fastgen/_C*.so $(VENV)/installed

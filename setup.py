@@ -20,5 +20,5 @@ extension = Pybind11Extension(
 )
 extension.optional = os.environ.get("FASTGEN_REQUIRE_EXT", "0") != "1"
 
-with ParallelCompile(default=2):
+with ParallelCompile(default=os.cpu_count() or 2):
     setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})

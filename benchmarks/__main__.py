@@ -15,15 +15,18 @@ import importlib
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import machine, memory, results
-from benchmarks.harness import FAMILIES, PATIENCE, Measurer, Work, seconds_text
+from benchmarks.bars import urgent_first
+from benchmarks.harness import FAMILIES, PATIENCE, ContextLost, Measurer, Row, Work, seconds_text
 
 DEMO_PROVIDERS = ["fastgen", "eager"]  # others are for those who ask: compiling and loading them takes its time
+LOST = 3  # the exit status where a kernel took the device with it
 ROUNDS = {"demo": 5, "quick": 5, "full": 11, "huge": 11}
 
 
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("\nbenchmarks: interrupted; what was written as it came stands", file=sys.stderr)
+            return 130
     try:
         return measure(argv)
     except ValueError as error:
@@ -70,6 +76,11 @@ def resumed(earlier: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def to_do(row: Row, patience: float) -> bool:
+    """Whether an earlier run left it: out of time, or beyond a patience that was less."""
+    return bool(row.get("left")) or ("expected_seconds" in row and row["expected_seconds"] <= patience)
+
+
 def measure(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,7 +95,7 @@ def measure(argv: list[str]) -> int:
     parser.add_argument("--base", metavar="GIT_REF", help="measure that ref's fastgen beside ours")
     said = f"seconds that one call may take (default {PATIENCE:.0f}, of --huge no end)"
     parser.add_argument("--patience", type=float, help=said)
-    parser.add_argument("--seconds", type=float, help="stop after so many, between two works; --resume goes on")
+    parser.add_argument("--seconds", type=float, help="begin no more after so many; --resume goes on")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--out", metavar="FILE.json", help="written as the rows come")
     parser.add_argument("--resume", action="store_true", help="leave out the works that FILE.json has already")
@@ -102,6 +113,8 @@ def measure(argv: list[str]) -> int:
     scale = "demo" if arguments.what == "demo" else "quick" if arguments.quick else "huge" if arguments.huge else "full"
     families = FAMILIES if arguments.what in ("all", "demo") else (arguments.what,)
     chosen = [work for family in families for work in works(family, scale)]
+    if device.type == "cuda":
+        chosen = urgent_first(chosen)
     if arguments.work:
         chosen = [work for work in chosen if any(text in work.name for text in arguments.work)]
         if not chosen:
@@ -125,6 +138,7 @@ def measure(argv: list[str]) -> int:
             device,
             rounds=ROUNDS[scale],
             patience=arguments.patience or (float("inf") if scale == "huge" else PATIENCE),
+            until=started + (arguments.seconds or math.inf),
             limits=limits,
             rows=content["rows"],
         )
@@ -136,7 +150,7 @@ def measure(argv: list[str]) -> int:
                 run.memory = server.peak_bytes
             memory.limit_process()
         elif not arguments.no_memory:
-            run.memory = lambda work, provider: memory.cuda_probe(work, provider, device)
+            run.memory_here = partial(memory.cuda_probe, device=device)
         if arguments.base:
             base = importlib.import_module("benchmarks.base")
             tree = stack.enter_context(base.worktree(arguments.base))
@@ -146,20 +160,29 @@ def measure(argv: list[str]) -> int:
             run.base, run.base_name = other.ready, f"fastgen@{arguments.base}"
         spent = content["spent"]
         spent["setting up"] = round(spent.get("setting up", 0.0) + time.monotonic() - started, 2)
-        for work in chosen:
+        for i, work in enumerate(chosen):
             names = work.names(device.type, only)
             wanted = {*names, run.base_name} if run.base and "fastgen" in names else set(names)
             earlier = [row for row in content["rows"] if (row["family"], row["work"]) == (work.family, work.name)]
-            had = {row["provider"] for row in earlier if row.get("expected_seconds", math.inf) > run.patience}
+            lost = [row for row in earlier if row.get("lost")]
+            had = {row["provider"] for row in earlier if not to_do(row, run.patience)}
             if wanted <= had:
                 continue
-            if arguments.seconds and time.monotonic() - started > arguments.seconds:
-                print(f"out of time before {work.family}: {work.name}; --resume goes on", file=sys.stderr)
+            if time.monotonic() > run.until:
+                more = f" and up to {len(chosen) - i - 1} more" if i + 1 < len(chosen) else ""
+                print(f"out of time before {work.family}: {work.name}{more}; --resume goes on", file=sys.stderr)
                 break
             print(f"{work.family}: {work.name}", end="", file=sys.stderr, flush=True)
-            content["rows"][:] = [row for row in content["rows"] if row not in earlier]  # one work, one run's rounds
+            kept = [row for row in content["rows"] if row not in earlier]  # one work, one run's rounds
+            content["rows"][:] = kept + lost
             begun = time.monotonic()
-            rows = run.measure(work, [*names, *had])
+            try:
+                rows = run.measure(work, sorted({*names, *had} - {row["provider"] for row in lost}))
+            except ContextLost as problem:
+                if arguments.out:
+                    results.save(arguments.out, content)
+                print(f"\nthe device was lost by {problem}; --resume goes on without it", file=sys.stderr)
+                return LOST
             spent[work.family] = round(spent.get(work.family, 0.0) + time.monotonic() - begun, 2)
             best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)
             print(f": {best or 'nothing to time'}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,17 @@ class Work:
     def names(self, device: str, only: Sequence[str] | None = None) -> list[str]:
         """Of the providers that can run on a device, and of those in `only` where it is given."""
         return [n for n in self.providers if device in self.provider(n).devices and (not only or n in only)]
+
+
+class ContextLost(Exception):
+    """A kernel went wrong in a way that no later call of this process on the device survives."""
+
+
+def forget_compiled() -> None:
+    """What torch.compile made for other sizes. Between works, never between the providers of one: what was set up first
+    would compile again while it is timed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 class Ready(Protocol):
@@ -194,6 +206,15 @@ def _reason(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]
 
 
+def _seconds(ready: Ready, at_least: float, row: Row) -> float | None:
+    """None where a call fails that did not before, for want of memory, say; the row says so."""
+    try:
+        return ready.seconds(at_least)
+    except Exception as problem:
+        row.update(status="failed", reason=_reason(problem))
+        return None
+
+
 def expected_seconds(work: Work, provider: str, earlier: list[Row]) -> float:
     """What one call may take, from the work of the same series nearest in size that was measured or given up: of the
     same D if there is one, since few who work pair by pair take D times the time."""
@@ -201,7 +222,10 @@ def expected_seconds(work: Work, provider: str, earlier: list[Row]) -> float:
     known = [
         (row["size"].get("D") != work.size.get("D"), abs(math.log(size / (row["operations"] or row["moved"]))), row)
         for row in earlier
-        if size and row["provider"] == provider and row["series"] == work.series and row["status"] in ("ok", "skipped")
+        if size
+        and row["provider"] == provider
+        and row["series"] == work.series
+        and ("seconds" in row or "expected_seconds" in row)
     ]
     if not known:
         return 0.0
@@ -215,7 +239,9 @@ class Measurer:
     """What a whole run shares.
 
     rounds: of interleaved timings, fewer where one call takes long; patience: seconds that a call may take, else it is
-    skipped, and the row says so. memory: (work, provider) -> bytes or None. base: name -> a Ready of another version.
+    skipped, and the row says so; until: when, on the monotonic clock, no provider is set up any more. memory: (work,
+    provider) -> bytes or None, or where it is of this process, on CUDA, (work, provider, inputs, a run that is ready).
+    base: name -> a Ready of another version.
     """
 
     device: torch.device
@@ -223,7 +249,9 @@ class Measurer:
     at_least: float = 0.05
     budget: float = 1.5
     patience: float = PATIENCE
+    until: float = math.inf
     memory: Callable[[Work, str], int | None] | None = None
+    memory_here: Callable[[Work, str, Any, Run], int | None] | None = None
     base: Callable[[Work, str], Ready] | None = None
     base_name: str = ""
     limits: dict[str, float] = field(default_factory=dict)
@@ -236,6 +264,7 @@ class Measurer:
         names = work.names(self.device.type, only)
         if not names:
             return []
+        forget_compiled()
         inputs = work.inputs(self.device)
         expected: Any = None
         rows: dict[str, Row] = {}
@@ -252,18 +281,33 @@ class Measurer:
                 row |= {"status": "skipped", "expected_seconds": expects}
                 row["reason"] = f"about {seconds_text(expects)} a call expected; --patience or --huge waits for it"
                 continue
+            if time.monotonic() > self.until:
+                row |= {"status": "skipped", "left": True, "reason": "out of time; --resume goes on"}
+                continue
             if expected is None:
-                expected = work.oracle(inputs)
+                try:
+                    expected = work.oracle(inputs)
+                except RuntimeError as problem:  # no memory for float64, say
+                    row |= {"status": "failed", "reason": f"the oracle: {_reason(problem)}"}
+                    self._end_where_lost(row)
+                    continue
             with _spending(row):
                 of = self._set_up(work, name, inputs, row)
                 if of and checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):
-                    warm = of.seconds(0.0)
-                    ready[name], times[name] = of, [warm] if warm > LONG else []
-                    row["rounds"] = max(2, min(self.rounds, int(self.budget / max(warm, self.at_least))))
-                    row["rounds"] = 1 if work.once else row["rounds"]
+                    warm = _seconds(of, 0.0, row)
+                    if warm is not None:
+                        ready[name], times[name] = of, [warm] if warm > LONG else []
+                        row["rounds"] = max(2, min(self.rounds, int(self.budget / max(warm, self.at_least))))
+                        row["rounds"] = 1 if work.once else row["rounds"]
+            self._end_where_lost(row)
         del expected
         self._time(rows, ready, times, load if work.once else machine.Load(self.children()))
-        del ready, inputs
+        for name, row in rows.items():
+            if row["status"] == "ok" and self.memory_here is not None and isinstance(of := ready[name], Local):
+                with _spending(row), contextlib.suppress(RuntimeError):  # out of memory, say
+                    row["peak_bytes"] = self.memory_here(work, name, inputs, of.runs[0])
+        ready.clear()
+        del inputs
         gc.collect()
         for name, row in rows.items():
             apart = name == self.base_name or work.provider(name).apart
@@ -273,10 +317,22 @@ class Measurer:
         self.rows += rows.values()
         return list(rows.values())
 
+    def _end_where_lost(self, row: Row) -> None:
+        """Of a failed row, where it took the device with it: the row is kept, and nothing else of its work."""
+        if row["status"] != "failed":
+            return
+        try:
+            machine.synchronise(self.device)
+        except RuntimeError:
+            self.rows.append(row | {"lost": True})
+            raise ContextLost(f"{row['family']}: {row['work']}, {row['provider']}: {row['reason']}") from None
+
     def _set_up(self, work: Work, name: str, inputs: Any, row: Row) -> Ready | None:
         try:
             if name == self.base_name and self.base is not None:
                 return self.base(work, "fastgen")
+            if self.device.type == "cuda" and work.provider(name).outside:
+                torch.cuda.empty_cache()  # what torch keeps for itself is not there for it
             of = Local(work, name, inputs, self.device)
             row["cache"] = of.cache
             return of
@@ -290,10 +346,15 @@ class Measurer:
         self, rows: dict[str, Row], ready: dict[str, Ready], times: dict[str, list[float]], load: machine.Load
     ) -> None:
         for _ in range(max((rows[name]["rounds"] for name in ready), default=0)):
-            for name, of in ready.items():  # interleaved, so that a drifting machine favours nobody
+            for name, of in list(ready.items()):  # interleaved, so that a drifting machine favours nobody
                 if len(times[name]) < rows[name]["rounds"]:
                     with _spending(rows[name]):
-                        times[name].append(of.seconds(self.at_least))
+                        seconds = _seconds(of, self.at_least, rows[name])
+                    self._end_where_lost(rows[name])
+                    if seconds is None:
+                        del ready[name], times[name]
+                    else:
+                        times[name].append(seconds)
         other = load.others()
         for name, taken in times.items():
             ordered = torch.tensor(sorted(taken), dtype=torch.float64)

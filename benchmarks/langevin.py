@@ -82,8 +82,8 @@ def _step(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Work:
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
     return x, grad
 
 
@@ -186,7 +186,6 @@ def eager_uva(inputs: Inputs) -> Run:
 
 
 def compiled(inputs: Inputs) -> Run:
-    torch._dynamo.reset()
     torch.manual_seed(SEED)
     update = torch.compile(_update, dynamic=False)
     return lambda: update(*inputs)
@@ -350,7 +349,6 @@ def chain_jem(size: str, inputs: Inputs) -> Run:
 
 def chain_compiled(size: str, inputs: Inputs) -> Run:
     """Network and update each compiled: a gradient inside one graph is no one's habit."""
-    torch._dynamo.reset()
     torch.manual_seed(SEED)
     energy, update = (torch.compile(f, dynamic=False) for f in (_energy(size, inputs[0]), _update))
     return lambda: _loop(energy, update, inputs[0])

@@ -56,7 +56,10 @@ def name_of(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The short hash, with + where sources differ from it; None outside a checkout."""
+    """The short hash, with + where sources differ from it; what FASTGEN_COMMIT says where it is set, for a copy of a
+    checkout; else None outside one."""
+    if said := os.environ.get("FASTGEN_COMMIT"):
+        return said
     command = ["git", "-C", str(ROOT)]
     with contextlib.suppress(OSError):
         head = subprocess.run([*command, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)

@@ -72,16 +72,16 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def cuda_probe(work: Work, provider: str, device: torch.device) -> int | None:
-    """From torch's allocator; what a library allocates past it is the change of the device's free memory."""
+def cuda_probe(work: Work, provider: str, inputs: Any, run: Run, device: torch.device) -> int | None:
+    """From torch's allocator, of a run that has been called before; what a library allocates past it is the change of
+    the device's free memory by a new one."""
     gc.collect()
-    torch.cuda.empty_cache()
-    inputs = work.inputs(device)
-    free = torch.cuda.mem_get_info(device)[0]
-    run = work.provider(provider).setup(inputs)
-    run()
-    torch.cuda.synchronize(device)
     if work.provider(provider).outside:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        run = work.provider(provider).setup(inputs)
+        run()
+        torch.cuda.synchronize(device)
         return max(0, int(free - torch.cuda.mem_get_info(device)[0]))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -103,9 +103,9 @@ def operations(n: int, m: int, d: int, sides: int, terms: int) -> float:
 
 
 def gaussian(n: int, m: int, d: int, sides: int, device: torch.device) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, d, generator=generator).to(device).requires_grad_(sides > 0)
-    y = (torch.randn(m, d, generator=generator) + 0.3).to(device).requires_grad_(sides == 2)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(n, d, generator=generator, device=device).requires_grad_(sides > 0)
+    y = (torch.randn(m, d, generator=generator, device=device) + 0.3).requires_grad_(sides == 2)
     return x, y
 
 
@@ -227,7 +227,6 @@ def eager(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], Ru
 
 def compiled(function: Callable[[Tensor, Tensor], Tensor], mode: str = "default") -> Callable[[Inputs], Run]:
     def setup(inputs: Inputs) -> Run:
-        torch._dynamo.reset()  # for this size alone, as a training loop of one batch size has it
         return _with_gradients(torch.compile(function, mode=mode, dynamic=False), inputs)
 
     return setup

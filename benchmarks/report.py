@@ -177,7 +177,7 @@ def _cell(group: list[Row], timed: dict[str, Row], name: str) -> str:
     if name in timed:
         return seconds_text(timed[name]["seconds"])
     row = next((r for r in group if r["provider"] == name), None)
-    if row and row["status"] == "skipped":
+    if row and "expected_seconds" in row:
         return f"about {seconds_text(row['expected_seconds'])}, skipped"
     return row["status"] if row else ""
 

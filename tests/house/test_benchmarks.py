@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,120 @@ def test_a_long_warm_call_is_a_round(harness: ModuleType, monkeypatch: pytest.Mo
     assert measurer(harness).measure(dataclasses.replace(work, once=True))[0]["rounds"] == 1
     assert len(calls) == 2
     assert row["spent"] > 0
+
+
+def test_out_of_time_leaves_providers(harness: ModuleType) -> None:
+    from benchmarks.__main__ import to_do
+
+    row = measurer(harness, until=0.0).measure(summing(harness), ["fastgen"])[0]
+    assert row["status"] == "skipped"
+    assert "out of time" in row["reason"]
+    assert to_do(row, 1e-9)
+    assert to_do({"status": "skipped", "expected_seconds": 5.0}, 10.0)
+    assert not to_do({"status": "skipped", "expected_seconds": 5.0}, 1.0)
+    assert not to_do({"status": "failed"}, math.inf)
+    work = summing(harness)
+    assert harness.expected_seconds(work, "fastgen", [row]) == 0.0
+
+
+def test_a_call_that_fails_while_it_is_timed(harness: ModuleType) -> None:
+    """As where memory runs out by what all providers hold: the others are timed."""
+
+    def failing(x: Tensor) -> Callable[[], Tensor]:
+        calls = iter(range(3))
+
+        def run() -> Tensor:
+            if next(calls) == 2:
+                raise RuntimeError("out of memory")
+            return x.sum()
+
+        return run
+
+    providers = {"eager": failing, "fastgen": lambda x: lambda: x.sum()}
+    rows = {
+        r["provider"]: r for r in harness.Measurer(CPU, at_least=0.0).measure(summing(harness, providers=providers))
+    }
+    assert rows["eager"]["status"] == "failed"
+    assert "out of memory" in rows["eager"]["reason"]
+    assert "seconds" not in rows["eager"]
+    assert rows["fastgen"]["seconds"] > 0
+
+
+def test_memory_is_measured_where_the_run_is_ready(harness: ModuleType) -> None:
+    """As on CUDA: nothing is set up, and compiled, a second time for it."""
+    setups: list[str] = []
+
+    def setup(x: Tensor) -> Callable[[], Tensor]:
+        setups.append("now")
+        return lambda: x.sum()
+
+    def memory(work: Any, name: str, inputs: Tensor, run: Callable[[], Tensor]) -> int:
+        if name == "eager":
+            raise RuntimeError("out of memory")
+        assert run() == inputs.sum()
+        return 17
+
+    work = summing(harness, providers={"fastgen": setup, "eager": lambda x: lambda: x.sum()})
+    rows = {r["provider"]: r for r in harness.Measurer(CPU, at_least=0.0, memory_here=memory).measure(work)}
+    assert len(setups) == 1
+    assert rows["fastgen"]["peak_bytes"] == 17
+    assert "peak_bytes" not in rows["eager"]
+    assert rows["eager"]["seconds"] > 0
+
+
+def test_an_oracle_without_memory_is_a_row(harness: ModuleType) -> None:
+    def oracle(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    rows = measurer(harness).measure(summing(harness, oracle=oracle), ["fastgen", "eager"])
+    assert [(r["status"], r["reason"]) for r in rows] == [("failed", "the oracle: RuntimeError: out of memory")] * 2
+
+
+def test_a_lost_device_ends_the_run_and_is_not_tried_again(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An illegal access fails every later call of its process: the row that did it is kept, and left out next time."""
+    from benchmarks import __main__ as command
+    from benchmarks import machine
+
+    lost: list[str] = []
+
+    def deadly(x: Any) -> Any:
+        lost.append("now")
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def synchronise(device: torch.device) -> None:
+        if lost:
+            raise RuntimeError("still")
+
+    works = [summing(harness, providers={"fastgen": lambda x: lambda: x.sum(), "faiss": deadly}, name=n) for n in "ab"]
+    monkeypatch.setattr(machine, "synchronise", synchronise)
+    monkeypatch.setattr(machine, "limits", lambda device, quick: {})
+    monkeypatch.setattr(command, "works", lambda family, scale: works if family == "mmd" else [])
+    arguments = ["mmd", "--no-memory", "--resume", "--out", str(tmp_path / "a.json")]
+    seen = []
+    for _ in range(3):  # once for each work, then through
+        lost.clear()
+        status = command.measure(arguments)
+        rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+        seen.append((status, [(r["work"], r["provider"], r["status"]) for r in rows]))
+    first, second = ("a", "faiss", "failed"), ("b", "faiss", "failed")
+    assert seen[0] == (command.LOST, [first])
+    assert seen[1] == (command.LOST, [first, ("a", "fastgen", "ok"), second])
+    assert seen[2] == (0, [first, ("a", "fastgen", "ok"), second, ("b", "fastgen", "ok")])
+
+
+def test_what_is_asked_of_a_gpu_is_measured_first(harness: ModuleType) -> None:
+    from benchmarks import bars
+    from benchmarks.__main__ import FAMILIES, works
+
+    found = bars.urgent_first([work for family in FAMILIES for work in works(family, "huge")])
+    asked = {(bar.family, bar.work) for bar in bars.BARS if bar.on == bars.GPU}
+    ahead = [(work.family, work.name) for work in found[: len(asked) + len(bars.SMALLER)]]
+    assert set(ahead) == asked | set(bars.SMALLER)
+    assert [name for _, name in ahead[-4:]] == [
+        f"top-1 of {n} x {n} x {d}" for n in (100_000, 1_000_000) for d in (128, 800)
+    ]
 
 
 def tiny(family: str) -> Any:
@@ -300,12 +415,12 @@ def test_the_mmd_oracle_is_autograd_of_the_plain_code(harness: ModuleType) -> No
 
 
 def test_counts_of_the_lpips_trunks(harness: ModuleType) -> None:
-    from benchmarks import perceptual
+    from benchmarks import perceptual_networks as networks
 
-    for net in perceptual.NETS:
-        assert perceptual._parameters(net) == sum(v.numel() for v in perceptual.trunk_state(net).values())
+    for net in networks.NETS:
+        assert networks.parameters(net) == sum(v.numel() for v in networks.trunk_state(net).values())
     # 15.35 G multiply-adds a forward pass of VGG16 at 224, and as many back to the pixels.
-    assert perceptual._operations("vgg", 1, 224) == pytest.approx(2 * 2 * 15.35e9, rel=0.01)
+    assert networks.operations("vgg", 1, 224) == pytest.approx(2 * 2 * 15.35e9, rel=0.01)
 
 
 def test_memory_probe_sees_what_a_call_takes(harness: ModuleType) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -185,7 +186,7 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
         return 1.0 + abs(loop["num_warps"] - 4) + abs(loop["num_stages"] - 2)
 
     monkeypatch.setattr(gpu, "_timed", timed)
-    monkeypatch.setattr(gpu, "_refused", lambda family, spec: None)
+    monkeypatch.setattr(gpu, "_refusals", lambda *of: [None] * len(of[-1]))
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     # What would not compile on a device, whose launcher does not ask for it, must not end the search there.
     for device, missing in (("sm_100", {"mmd_grad D=128"}), ("sm_90", set())):
@@ -243,6 +244,37 @@ def test_a_stage_that_was_cut_off_goes_on(gpu: ModuleType, tmp_path: Path) -> No
     assert set(kept["test"]["done"]) == {"a", "b"}
 
 
+def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What takes longer than is left is gone with all that it started, and is not recorded as done."""
+    stage = gpu.Stage("test", tmp_path / "a.json", about())
+    pid = tmp_path / "pid"
+    sleeping = f"p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+    commands = {
+        "quick": (100.0, "print('fine'); raise SystemExit(5)"),
+        "wrong": (100.0, "raise SystemExit('why')"),
+        "slow": (3.0, f"import subprocess; {sleeping}"),
+    }
+
+    def do(name: str) -> Any:
+        seconds, code = commands[name]
+        return gpu._outcome(gpu._ran([sys.executable, "-c", code], {}, seconds), (0, 5))
+
+    stage.each(list(commands), do, together=3)
+    done = json.loads((tmp_path / "a.json").read_text())["test"]["done"]
+    assert done == {"quick": {"status": "passed", "says": "fine"}, "wrong": {"status": "failed", "says": "why"}}
+    assert "out of time, 1 steps are left: slow" in capsys.readouterr().out
+    if pid.exists() and pid.read_text():
+        stat = Path(f"/proc/{pid.read_text()}/stat")
+        for _ in range(100):
+            if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("its child lives")
+    gpu.Stage("test", tmp_path / "a.json", about(), seconds=-1).each(["slow"], do)
+    assert "1 steps are left" in capsys.readouterr().out
+
+
 def test_the_counters_of_ncu(gpu: ModuleType) -> None:
     metric = gpu.METRICS
     names = ["ID", "Process ID", "Kernel Name", metric["seconds"], metric["dram bytes"], metric["mufu share"]]
@@ -260,6 +292,9 @@ def test_the_counters_of_ncu(gpu: ModuleType) -> None:
     assert found[1]["dram bytes"] == pytest.approx(1.0245e9)
     assert found[1]["mufu share"] == 3.25
     assert gpu.counters("==ERROR== no permission") == []
+    said = "==ERROR== Failed to find metric regex:^sm__pipe_tensor_cycles_active(\\.|$)\n==PROF== dram__bytes.sum"
+    assert gpu.unknown_metrics(said, set(metric.values())) == {metric["tensor share"]}
+    assert gpu.unknown_metrics("==ERROR== The application returned an error code", set(metric.values())) == set()
 
 
 def test_the_slowest_work_of_each_family_is_profiled(gpu: ModuleType) -> None:

@@ -311,7 +311,8 @@ def test_trunk_options(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
+def test_cuda_graph(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # each rounding may turn a ReLU
     plain = LPIPS(pnet_rand=True).cuda()
     graph = LPIPS(pnet_rand=True, cuda_graph=True, channels_last=True).cuda()
     graph.load_state_dict(plain.state_dict())
@@ -320,7 +321,7 @@ def test_cuda_graph():
         values = [f(x, y) for f in (plain, graph)]
         torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-6)
         grads = [torch.autograd.grad(v.sum(), x)[0] for v in values]
-        torch.testing.assert_close(grads[1], grads[0], rtol=1e-2, atol=1e-6)
+        assert (grads[1] - grads[0]).norm() <= 1e-2 * grads[0].norm()
         kept = graph.target(y)
         with torch.no_grad():
             assert torch.equal(graph(y, kept), torch.zeros(2, 1, 1, 1, device="cuda"))
