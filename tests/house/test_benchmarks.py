@@ -204,6 +204,17 @@ def test_an_oracle_without_memory_is_a_row(harness: ModuleType) -> None:
     assert [(r["status"], r["reason"]) for r in rows] == [("failed", "the oracle: RuntimeError: out of memory")] * 2
 
 
+def test_checked_in_float32_and_timed_as_users_have_it(harness: ModuleType) -> None:
+    seen: list[bool] = []
+
+    def setup(x: Tensor) -> Callable[[], Tensor]:
+        return lambda: (seen.append(torch.backends.cudnn.allow_tf32), x.sum())[1]
+
+    assert torch.backends.cudnn.allow_tf32
+    harness.Measurer(CPU, rounds=2, at_least=0.0).measure(summing(harness, providers={"fastgen": setup}))
+    assert seen == [False, True, True, True]
+
+
 def test_a_lost_device_ends_the_run_and_is_not_tried_again(
     harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
