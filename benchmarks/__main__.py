@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 2
+        except ContextLost as error:
+            print(f"benchmarks: the device was lost: {error}", file=sys.stderr)
+            return LOST
         except KeyboardInterrupt:
             print("\nbenchmarks: interrupted; what was written as it came stands", file=sys.stderr)
             return 130

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, results
-from benchmarks.harness import FAMILIES
+from benchmarks.harness import FAMILIES, ContextLost
 
 SECONDS = 560.0  # a stage stops of itself before ten minutes; the next call goes on
 PATIENCE = 20.0
@@ -95,6 +95,14 @@ class Stage:
                 raise
         self.say(names)
 
+    def kept(self, step: str, done: "subprocess.CompletedProcess[str] | None", outcome: Any) -> Any:
+        """The outcome; of a failed one all that was said goes into a log beside the results."""
+        if done is not None and outcome["status"] == "failed":
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file.with_name(f"{self.file.stem}-{self.name}.log"), "a") as log:
+                log.write(f"==== {step}\n{done.stdout}{done.stderr}\n")
+        return outcome
+
     def say(self, names: list[str]) -> None:
         if left := [name for name in names if name not in self.done]:
             print(f"{self.name}: out of time, {len(left)} steps are left: {', '.join(left)}")
@@ -123,14 +131,16 @@ def test(stage: Stage) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", file]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
-        return _outcome(_ran(command, {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}, stage.left()), (0, 5))
+        done = _ran(command, {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}, stage.left())
+        return stage.kept(file, done, _outcome(done, (0, 5)))
 
     def sanitized(tool: str) -> Any:
         if (sanitizer := _tool("compute-sanitizer")) is None:
             return {"status": "missing", "says": "no compute-sanitizer on the PATH"}
         # Torch's caching allocator hides overruns between its blocks.
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_again("small", "all")]
-        return _outcome(_ran(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stage.left()), (0,))
+        done = _ran(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stage.left())
+        return stage.kept(tool, done, _outcome(done, (0,)))
 
     stage.each(files, tested, TOGETHER)
     stage.each(list(SANITIZERS), sanitized, len(SANITIZERS))
@@ -258,6 +268,8 @@ def search(
         if why is None:
             try:
                 entry["seconds"] = seconds(candidate)
+            except ContextLost:
+                raise  # what came after would be refused for nothing
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"[:200]
         if why is not None:
@@ -319,7 +331,11 @@ def tune(stage: Stage) -> int:
 
             def seconds(candidate: Configuration, kernel: str = kernel, key: str = key, work: str = work) -> float:
                 with tuned.forced(kernel, key, candidate):
-                    return _timed(work)
+                    try:
+                        return _timed(work)
+                    except Exception:
+                        _end_where_lost(f"{key}, {candidate}")
+                        raise
 
             outcome = search(candidates, default, usable, seconds)
             stage.record(step, outcome)
@@ -327,6 +343,13 @@ def tune(stage: Stage) -> int:
             for folder in (tuned.FOLDER, stage.file.parent / "tuned"):
                 write_table(folder / name, stage, known)
     return 0
+
+
+def _end_where_lost(what: str) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise ContextLost(f"{what}: {error}") from None
 
 
 def _without_a_gpu() -> None:
@@ -444,7 +467,7 @@ def profile(stage: Stage) -> int:
             if done is None or not (unknown := unknown_metrics(done.stdout + done.stderr, metrics)):
                 break
             metrics -= unknown  # what another chip has
-        outcome = _outcome(done, (0,))
+        outcome = stage.kept(family, done, _outcome(done, (0,)))
         if outcome is None or done is None:
             return None
         return outcome | {"work": slowest[family], "kernels": counters(done.stdout)}

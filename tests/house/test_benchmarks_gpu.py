@@ -128,6 +128,12 @@ def test_the_search_takes_the_fastest_that_works(gpu: ModuleType) -> None:
     with pytest.raises(ValueError, match="no configuration works"):
         gpu.search(candidates, default, lambda c: "does not compile", timed)
 
+    def deadly(c: dict[str, int]) -> float:
+        raise gpu.ContextLost("an illegal memory access")
+
+    with pytest.raises(gpu.ContextLost):
+        gpu.search(candidates, default, usable, deadly)
+
 
 def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen.kernels import launch, mmd_launch, tuned
@@ -257,12 +263,14 @@ def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest
 
     def do(name: str) -> Any:
         seconds, code = commands[name]
-        return gpu._outcome(gpu._ran([sys.executable, "-c", code], {}, seconds), (0, 5))
+        done = gpu._ran([sys.executable, "-c", code], {}, seconds)
+        return stage.kept(name, done, gpu._outcome(done, (0, 5)))
 
     stage.each(list(commands), do, together=3)
     done = json.loads((tmp_path / "a.json").read_text())["test"]["done"]
     assert done == {"quick": {"status": "passed", "says": "fine"}, "wrong": {"status": "failed", "says": "why"}}
     assert "out of time, 1 steps are left: slow" in capsys.readouterr().out
+    assert (tmp_path / "a-test.log").read_text() == "==== wrong\nwhy\n\n"
     if pid.exists() and pid.read_text():
         stat = Path(f"/proc/{pid.read_text()}/stat")
         for _ in range(100):
