@@ -40,7 +40,7 @@ struct Pairs {
     const MmdArguments<T>& arguments;
     const Kernel kernel;
     const int64_t d, width, stride, tile, tiles_x, tiles_y, tiles, last_chunk;
-    const bool thin, exclude_same, exclude_cross, weighted;
+    const bool thin, differences, exclude_same, exclude_cross, weighted;
     Buffer<T> memory;                 // of all that follows
     T *const rows, *const panels;     // of each field: the points by rows and in panels of columns
     T *const norms, *const along, *const weights;  // ‖z‖², −2⟨z, v⟩, the points' weights
@@ -64,6 +64,7 @@ struct Pairs {
           tiles(tiles_x + tiles_y),
           last_chunk((arguments_.d - 1) / chunk * chunk),
           thin(width < lanes),
+          differences(thin && metric == direct),
           exclude_same(metric != inner || arguments_.estimator != 1),
           exclude_cross(arguments_.estimator == 2),
           weighted(arguments_.x_weight != nullptr),
@@ -353,7 +354,10 @@ struct Pairs {
             const int64_t breadth = a == b ? panel : columns, height = a == b ? panel : filled;
             for (int64_t j = 0; j < columns; j += breadth) {
                 const int64_t terms = a == b ? std::min(filled, j + panel) : filled;
-                if (thin)
+                if (differences)
+                    differences_across<T>(factors + j, pitch, terms, breadth, rows_of(a, of), stride,
+                                          panels_of(b, of) + j * d, across_of(b) + j, tile, d, pulled);
+                else if (thin)
                     gather_across<T>(factors + j, pitch, terms, breadth, rows_of(a, of), stride, across_of(b) + j, tile, d,
                                      pulled);
                 else
@@ -361,9 +365,13 @@ struct Pairs {
                               pulled);
             }
             for (int64_t i = 0; i < filled && pulls_rows; i += height) {
-                const int64_t j = a == b ? i + panel : 0;
-                gather<T>(factors + i * pitch + j, pitch, 1, std::min(height, filled - i), columns - j,
-                          rows_of(b, of) + j * stride, gradient_of(a) + i * stride, width, stride, pulled);
+                const int64_t j = a == b ? i + panel : 0, rows = std::min(height, filled - i);
+                if (differences)
+                    differences_along<T>(factors + i * pitch + j, pitch, rows, columns - j, rows_of(a, of) + i * stride,
+                                         stride, panels_of(b, of) + j * d, gradient_of(a) + i * stride, d, pulled);
+                else
+                    gather<T>(factors + i * pitch + j, pitch, 1, rows, columns - j, rows_of(b, of) + j * stride,
+                              gradient_of(a) + i * stride, width, stride, pulled);
             }
             for (int64_t j = 0; j < columns; j += lanes)
                 *(V*)(slopes_of(b, field) + j) += column_slopes[(field * largest + j) / lanes] * pulled;
@@ -382,8 +390,8 @@ struct Pairs {
             for (int64_t c = 0; c < d; ++c) g[i * stride + c] += across_of(t)[c * tile + i];
         for (int64_t i = 0, count = points(t); i < count; ++i) {
             const T *z = rows_of(t, fields - 1) + i * stride, *v = rows_of(t) + i * stride;
-            const double w = metric == inner ? 0 : slopes_of(t)[i];
-            const double e = metric == inner || !second ? 0 : slopes_of(t, fields - 1)[i];
+            const double w = metric == inner || differences ? 0 : slopes_of(t)[i];
+            const double e = metric == inner || differences || !second ? 0 : slopes_of(t, fields - 1)[i];
             int64_t c = 0;
             for (; c + side <= d; c += side) {
                 Wide sum = wide(g + i * stride + c) - w * wide(z + c);

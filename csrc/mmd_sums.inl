@@ -92,3 +92,36 @@ void gather_across(const T* w, int64_t pitch, int64_t terms, int64_t columns, co
                 for (int v = 0; v < 2; ++v) *(V*)(g + (c + k) * row + b + v * lanes) += sums[k][v] * scale;
         }
 }
+
+// Of points of few coordinates by differences, for slopes that grow without bound between close points, where w z_b and
+// w z_a would cancel: columns b take Σ_a w (z_a − z_b) into g as above, p being their panel of `2 lanes` columns.
+template <class T>
+void differences_across(const T* w, int64_t pitch, int64_t terms, int64_t columns, const T* z, int64_t stride, const T* p,
+                        T* g, int64_t row, int64_t d, T scale) {
+    using V = Vec<T>;
+    constexpr int lanes = Lanes<T>::count;
+    for (int64_t b = 0; b < columns; b += lanes)
+        for (int64_t c = 0; c < d; ++c) {
+            const V own = *(const V*)(p + b / (2 * lanes) * 2 * lanes * d + c * 2 * lanes + b % (2 * lanes));
+            V sum{};
+            for (int64_t a = 0; a < terms; ++a) sum += *(const V*)(w + a * pitch + b) * (z[a * stride + c] - own);
+            *(V*)(g + c * row + b) += sum * scale;
+        }
+}
+
+// And rows a take Σ_b w (z_b − z_a).
+template <class T>
+void differences_along(const T* w, int64_t pitch, int64_t rows, int64_t columns, const T* z, int64_t stride, const T* p,
+                       T* g, int64_t d, T scale) {
+    using V = Vec<T>;
+    constexpr int lanes = Lanes<T>::count;
+    for (int64_t a = 0; a < rows; ++a)
+        for (int64_t c = 0; c < d; ++c) {
+            V sum{};
+            for (int64_t b = 0; b < columns; b += lanes) {
+                const V other = *(const V*)(p + b / (2 * lanes) * 2 * lanes * d + c * 2 * lanes + b % (2 * lanes));
+                sum += *(const V*)(w + a * pitch + b) * (other - z[a * stride + c]);
+            }
+            g[a * stride + c] += scale * T(lane_sum<T>(&sum));
+        }
+}

@@ -55,6 +55,20 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     assert (got.double() - want).norm() <= tolerance * (want.norm() + 0.01)
 
 
+@pytest.mark.parametrize(("kind", "parameters"), [("laplacian", [1.0]), ("energy", [])])
+@pytest.mark.parametrize("d", [1, 2])
+def test_close_points_of_few_coordinates(
+    isa: str, kind: str, parameters: list[float], d: int, oracle: ModuleType
+) -> None:
+    x, y = torch.randn(700, d), torch.randn(650, d) + 0.3  # in one dimension many pairs are 1e-5 apart
+    _, gx, gy = oracle.mmd(x, y, kind, tuple(parameters), "unbiased")
+    _, got_x, got_y = ops.value_grad(x, y, kind, parameters, "unbiased", "ieee")
+    for g, want in ((got_x, gx), (got_y, gy)):
+        assert (g.double() - want).norm() <= 2e-6 * want.norm()
+    total = got_x.double().sum(0) + got_y.double().sum(0)  # nothing changes when all move together
+    assert total.norm() <= 2e-6 * gx.norm()
+
+
 @pytest.mark.parametrize(
     ("kind", "parameters"),
     [
