@@ -60,7 +60,7 @@ bench: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks all --out $(BENCH)/cpu.json
 	$(BIN)/python -m benchmarks largest --out $(BENCH)/cpu.json
-	$(BIN)/python -m benchmarks report $(BENCH)/cpu.json
+	-$(BIN)/python -m benchmarks report $(BENCH)/cpu.json  # names what became slower since the committed run, if anything
 
 # On a machine with a GPU, in place and without installing: python3 there has torch, triton, numpy and pybind11.
 # GPU_ARGS="--seconds 200" ends a stage earlier; where the copy is no git checkout, FASTGEN_COMMIT says what it is of.
