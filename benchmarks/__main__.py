@@ -94,6 +94,7 @@ def measure(argv: list[str]) -> int:
     size.add_argument("--quick", action="store_true", help="a few small sizes, fewer rounds")
     size.add_argument("--huge", action="store_true", help="the largest sizes too, each once; hours")
     parser.add_argument("--provider", action="append", help="only this one, and again for another")
+    parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="not this one, and again")
     parser.add_argument("--work", action="append", metavar="TEXT", help="only works whose names have it, and again")
     parser.add_argument("--base", metavar="GIT_REF", help="measure that ref's fastgen beside ours")
     said = f"seconds that one call may take (default {PATIENCE:.0f}, of --huge no end)"
@@ -122,11 +123,12 @@ def measure(argv: list[str]) -> int:
         chosen = [work for work in chosen if any(text in work.name for text in arguments.work)]
         if not chosen:
             raise ValueError(f"--work: expected part of a work's name, got {', '.join(arguments.work)}")
-    for name in arguments.provider or ():
-        known = sorted({name for work in chosen for name in work.names(device.type)})
-        if name not in known:
-            raise ValueError(f"--provider: expected one of {', '.join(known)}, got {name!r}")
-    only = arguments.provider or (DEMO_PROVIDERS if scale == "demo" else None)
+    known = sorted({name for work in chosen for name in work.names(device.type)})
+    for option, names in (("--provider", arguments.provider or []), ("--without", arguments.without)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{option}: expected one of {', '.join(known)}, got {unknown[0]!r}")
+    only = arguments.provider or (DEMO_PROVIDERS if scale == "demo" else known)
+    only = [name for name in only if name not in arguments.without]
     content: dict[str, Any] = {"machine": machine.describe(device), "scale": scale, "spent": {}, "rows": []}
     if arguments.resume and Path(arguments.out).exists():
         content |= resumed(results.load(arguments.out), content)
@@ -152,8 +154,11 @@ def measure(argv: list[str]) -> int:
                 server = stack.enter_context(memory.server(scale))
                 run.memory = server.peak_bytes
             memory.limit_process()
-        elif not arguments.no_memory:
-            run.memory_here = partial(memory.cuda_probe, device=device)
+        else:
+            if not arguments.no_memory:
+                run.memory_here = partial(memory.cuda_probe, device=device)
+            if arguments.out:
+                run.begins = partial(results.note_begun, arguments.out, content)
         if arguments.base:
             base = importlib.import_module("benchmarks.base")
             tree = stack.enter_context(base.worktree(arguments.base))
@@ -186,6 +191,7 @@ def measure(argv: list[str]) -> int:
                     results.save(arguments.out, content)
                 print(f"\nthe device was lost by {problem}; --resume goes on without it", file=sys.stderr)
                 return LOST
+            content.pop(results.BEGUN, None)
             spent[work.family] = round(spent.get(work.family, 0.0) + time.monotonic() - begun, 2)
             best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)
             print(f": {best or 'nothing to time'}", file=sys.stderr, flush=True)

@@ -33,6 +33,7 @@ from benchmarks.harness import FAMILIES, ContextLost
 SECONDS = 560.0  # a stage stops of itself before ten minutes; the next call goes on
 PATIENCE = 20.0
 WORTH = 1.02  # a configuration has to be this much faster than the table's to replace it
+CRASHES = [-s for s in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)]
 SANITIZERS = ("memcheck", "racecheck")
 METRICS = {
     "seconds": "gpu__time_duration.sum",
@@ -532,16 +533,26 @@ def once(family: str, name: str) -> int:
 
 
 def bench(file: Path, seconds: float, patience: float) -> int:
-    """`python -m benchmarks all --device cuda --huge`; where a kernel took the device with it, again without that."""
+    """`python -m benchmarks all --device cuda --huge`; where a kernel took the device with it, again without that, and
+    where a peer took the process with it, without the peer."""
     from benchmarks.__main__ import LOST
 
     until = time.monotonic() + seconds
+    without: list[str] = []
     while True:
         left = until - time.monotonic()
         command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--huge", "--resume"]
         command += ["--patience", f"{patience:g}", "--out", str(file), "--seconds", f"{max(left, 1):.0f}"]
-        status = subprocess.run(command, cwd=machine.ROOT).returncode
-        if status != LOST or until - time.monotonic() < 0:
+        status = subprocess.run([*command, *(f"--without={name}" for name in without)], cwd=machine.ROOT).returncode
+        if status in CRASHES:
+            crashed = results.blame(file, signal.Signals(-status).name)
+            if crashed is None or crashed in without:
+                return 1
+            print(f"bench: {crashed} ended the process, on without it", file=sys.stderr)
+            without.append(crashed)
+        elif status != LOST:
+            return status
+        if until - time.monotonic() < 0:
             return status
 
 

@@ -248,7 +248,7 @@ class Measurer:
     rounds: of interleaved timings, fewer where one call takes long; patience: seconds that a call may take, else it is
     skipped, and the row says so; until: when, on the monotonic clock, no provider is set up any more. memory: (work,
     provider) -> bytes or None, or where it is of this process, on CUDA, (work, provider, inputs, a run that is ready).
-    base: name -> a Ready of another version.
+    base: name -> a Ready of another version. begins: told of a peer before it is set up, which may end the process.
     """
 
     device: torch.device
@@ -260,6 +260,7 @@ class Measurer:
     memory: Callable[[Work, str], int | None] | None = None
     memory_here: Callable[[Work, str, Any, Run], int | None] | None = None
     base: Callable[[Work, str], Ready] | None = None
+    begins: Callable[[Work, str], None] | None = None
     base_name: str = ""
     limits: dict[str, float] = field(default_factory=dict)
     children: Callable[[], list[int]] = list  # process ids whose load is ours
@@ -298,6 +299,8 @@ class Measurer:
                     row |= {"status": "failed", "reason": f"the oracle: {_reason(problem)}"}
                     self._end_where_lost(row)
                     continue
+            if self.begins is not None and not name.startswith("fastgen"):
+                self.begins(work, name)
             with _spending(row):
                 of = self._set_up(work, name, inputs, row)
                 if of and checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):

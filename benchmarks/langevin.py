@@ -241,11 +241,9 @@ class Energy(nn.Module):
 
 
 def _energy(size: str, x: Tensor) -> Energy:
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    energy = Energy(size).to(x.device)
-    torch.random.set_rng_state(generator)
-    return energy
+    with torch.random.fork_rng():  # of the GPU too: with the network's seed, the inputs', its noise would be the state
+        torch.manual_seed(0)
+        return Energy(size).to(x.device)
 
 
 def _chain(size: str, shape: tuple[int, ...]) -> Work:

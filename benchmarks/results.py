@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, seconds_text
+from benchmarks.harness import Row, Work, seconds_text
 from benchmarks.machine import BUSY
 
 
@@ -28,6 +28,27 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"machine", "rows"} <= set(content):
         raise ValueError(f"RESULTS: expected a file that `python -m benchmarks ... --out` wrote, got {path}")
     return content
+
+
+BEGUN = "begun"  # key of the work and the provider that are set up just now
+
+
+def note_begun(path: str | Path, content: dict[str, Any], work: Work, provider: str) -> None:
+    content[BEGUN] = {"family": work.family, "work": work.name, "provider": provider}
+    save(path, content)
+
+
+def blame(path: str | Path, how: str) -> str | None:
+    """The provider that was set up last when a run ended by signal `how`, and a row that says so; None if none was."""
+    content = load(path)
+    begun = content.pop(BEGUN, None)
+    if begun is None:
+        return None
+    of = (begun["family"], begun["work"], begun["provider"])
+    content["rows"] = [row for row in content["rows"] if (row["family"], row["work"], row["provider"]) != of]
+    content["rows"].append(begun | {"status": "failed", "reason": f"it ended the process: {how}", "lost": True})
+    save(path, content)
+    return str(begun["provider"])
 
 
 def bytes_text(count: float) -> str:

@@ -196,6 +196,18 @@ def test_memory_is_measured_where_the_run_is_ready(harness: ModuleType) -> None:
     assert rows["eager"]["seconds"] > 0
 
 
+def test_peers_are_announced_before_they_are_set_up(harness: ModuleType) -> None:
+    seen: list[str] = []
+
+    def setup(x: Tensor) -> Callable[[], Tensor]:
+        seen.append("set up")
+        return lambda: x.sum()
+
+    work = summing(harness, providers={"fastgen": setup, "eager": setup})
+    measurer(harness, begins=lambda work, name: seen.append(name)).measure(work)
+    assert seen == ["set up", "eager", "set up"]
+
+
 def test_an_oracle_without_memory_is_a_row(harness: ModuleType) -> None:
     def oracle(x: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
@@ -514,6 +526,7 @@ def test_every_family_lists_its_works(harness: ModuleType) -> None:
     [
         (["--device", "cuda"], "no CUDA device"),
         (["--provider", "nobody"], "expected one of"),
+        (["--without", "nobody"], "--without: expected one of"),
         (["--work", "nothing"], "--work"),
         (["--resume"], "--out"),
         (["--provider", "torch.compile, CUDA graph"], "expected one of"),

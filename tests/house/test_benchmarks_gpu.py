@@ -250,6 +250,38 @@ def test_a_stage_that_was_cut_off_goes_on(gpu: ModuleType, tmp_path: Path) -> No
     assert set(kept["test"]["done"]) == {"a", "b"}
 
 
+def test_a_peer_that_ends_the_process_is_left_out_of_the_rest(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import harness, results
+
+    file = tmp_path / "a.json"
+    kept = {"family": "mmd", "work": "before", "provider": "keops", "status": "ok"}
+    work = harness.Work("mmd", "after", lambda device: None, {}, lambda inputs: None)
+    asked: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        asked.append([part for part in command if part.startswith("--without")])
+        if len(asked) == 2:  # a kill from outside says nothing about a peer
+            results.note_begun(file, results.load(file), work, "eager")
+            return subprocess.CompletedProcess(command, -9)
+        results.note_begun(file, {"machine": {}, "rows": [kept]}, work, "keops")
+        return subprocess.CompletedProcess(command, -11)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    assert gpu.bench(file, 60.0, 1.0) == -9
+    assert asked == [[], ["--without=keops"]]
+    first, row = json.loads(file.read_text())["rows"]
+    assert first == kept
+    assert (row["work"], row["provider"], row["status"], row["lost"]) == ("after", "keops", "failed", True)
+    assert row["reason"] == "it ended the process: SIGSEGV"
+    asked.clear()
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, cwd: subprocess.CompletedProcess(command, -11))
+    results.save(file, {"machine": {}, "rows": [kept]})
+    assert gpu.bench(file, 60.0, 1.0) == 1  # ours, or nobody's: not again
+    assert json.loads(file.read_text())["rows"] == [kept]
+
+
 def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What takes longer than is left is gone with all that it started, and is not recorded as done."""
     stage = gpu.Stage("test", tmp_path / "a.json", about())
