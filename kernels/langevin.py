@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels import launch
+from fastgen.kernels import launch, relaunch, tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
@@ -210,6 +210,9 @@ def _langevin_kernel(
             tl.store(partial_ptr + 3 * tl.program_id(0) + 2, tl.sum(((zero != 0) & mask).to(tl.int32)).to(tl.float64))
 
 
+_launcher = relaunch.Relaunch(_langevin_kernel)
+
+
 def _signed(word: int) -> int:
     """32 bits as the int32 that Triton passes whatever the value: a type that depends on it would compile twice."""
     word &= 0xFFFFFFFF
@@ -236,19 +239,33 @@ def _launch(
     if x.numel() == 0:
         return
     elements = x.numel() // chains
-    groups, one_chain = launch.langevin(elements, whole=stats is not None) if table is None else table
-    of_chain = -(-elements // 4)
-    programs = chains * -(-of_chain // groups) if one_chain else -(-chains * of_chain // groups)
-    partial = None if stats is None else stats.new_empty(chains, programs // chains, 3)
+    tensors = (x, grad, lookahead_out, None, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor)
+    numbers = (_signed(seed), _signed(seed >> 32), _signed(step), chains, elements, *scalars)
+    # `step_sizes` and what follows it have the types that x's dtype says.
+    key = (
+        x.dtype,
+        x.get_device(),
+        relaunch.aligned(*tensors),
+        chains,
+        elements,
+        *flags.values(),
+        table,
+        tuned.changes(),
+    )
     with torch.cuda.device_of(x):
-        _langevin_kernel[(programs,)](
-            x, grad, lookahead_out, partial, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor,
-            _signed(seed), _signed(seed >> 32), _signed(step), chains, elements, *scalars,
-            **flags, **_shape(x.dtype, chains, elements, groups, one_chain), num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
-    if stats is not None and partial is not None:
-        torch.sum(partial, dim=1, out=stats)
-        stats[:, 0].sqrt_()
+        if stats is None and _launcher.again(key, (*tensors, *numbers)):
+            return
+        groups, one_chain = launch.langevin(elements, whole=stats is not None) if table is None else table
+        of_chain = -(-elements // 4)
+        programs = chains * -(-of_chain // groups) if one_chain else -(-chains * of_chain // groups)
+        options = {**flags, **_shape(x.dtype, chains, elements, groups, one_chain), "num_warps": WARPS, **OPTIONS}
+        if stats is None:
+            _launcher.first(key, (programs,), (*tensors, *numbers), options)
+            return
+        partial = stats.new_empty(chains, programs // chains, 3)
+        _langevin_kernel[(programs,)](*tensors[:3], partial, *tensors[4:], *numbers, **options)
+    torch.sum(partial, dim=1, out=stats)
+    stats[:, 0].sqrt_()
 
 
 def _shape(dtype: torch.dtype, chains: int, elements: int, groups: int, one_chain: bool) -> dict[str, Any]:

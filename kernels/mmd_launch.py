@@ -1,5 +1,6 @@
 """How the MMD kernels are launched: which points they take, their blocks, the slabs of what does not fit on chip."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,12 @@ def generation(x: Tensor) -> str:
     large ones keep what tensor cores add up in a memory of its own; everything else is launched as Hopper is."""
     if not x.is_cuda or torch.version.hip is not None:
         return "sm_90"
-    major = torch.cuda.get_device_capability()[0]
+    return _generation(torch.cuda.current_device())
+
+
+@functools.cache
+def _generation(device: int) -> str:
+    major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major in (8, 12) else "sm_100" if major in (10, 11) else "sm_90"
 
 

@@ -14,11 +14,17 @@ import torch
 
 FOLDER = Path(__file__).parent / "tuned"
 _forced: dict[tuple[str, str], dict[str, Any]] = {}
+_changes = 0
 
 
 def slug(device: str) -> str:
     """ "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
     return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+
+
+@functools.cache
+def _table_of(index: int) -> dict[str, dict[str, dict[str, Any]]]:
+    return _table(torch.cuda.get_device_name(index))
 
 
 @functools.cache
@@ -34,19 +40,27 @@ def find(kernel: str, key: str) -> dict[str, Any] | None:
     """What to launch `kernel` with for `key` on the current CUDA device; None where nothing was searched."""
     if (kernel, key) in _forced:
         return _forced[kernel, key]
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return None
-    return _table(torch.cuda.get_device_name()).get(kernel, {}).get(key)
+    return _table_of(torch.cuda.current_device()).get(kernel, {}).get(key)
+
+
+def changes() -> int:
+    """Another number whenever `find` may find something else."""
+    return _changes
 
 
 @contextmanager
 def forced(kernel: str, key: str, configuration: dict[str, Any]) -> Iterator[None]:
     """Inside the block this configuration is launched (the search itself, tests)."""
+    global _changes
     before = _forced.get((kernel, key))
     _forced[kernel, key] = configuration
+    _changes += 1
     try:
         yield
     finally:
+        _changes += 1
         del _forced[kernel, key]
         if before is not None:
             _forced[kernel, key] = before

@@ -135,6 +135,18 @@ def test_the_search_takes_the_fastest_that_works(gpu: ModuleType) -> None:
         gpu.search(candidates, default, usable, deadly)
 
 
+def forget(tuned: ModuleType) -> None:
+    tuned._table.cache_clear()
+    tuned._table_of.cache_clear()
+
+
+def on_device(tuned: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(tuned.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(tuned.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda index: name)
+    forget(tuned)
+
+
 def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgen.kernels import launch, mmd_launch, tuned
 
@@ -147,10 +159,8 @@ def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monk
     stage.record("langevin groups", {"best": {"largest_first": [128]}})
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     gpu.write_table(tuned.FOLDER / "a-gpu.json", stage, known)
-    monkeypatch.setattr(tuned.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "A GPU")
-    tuned._table.cache_clear()
     try:
+        on_device(tuned, monkeypatch, "A GPU")
         assert mmd_launch.blocks("grad", 64) == {"BLOCK_M": mmd_launch.ROWS, **best}
         assert mmd_launch.blocks("value", 64)["num_stages"] == own["num_stages"]
         assert launch.langevin(4 * 512) == (128, True)
@@ -158,10 +168,10 @@ def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monk
             assert mmd_launch.blocks("grad", 64)["BLOCK_N"] == 128
         table = json.loads((tuned.FOLDER / "a-gpu.json").read_text())["configurations"]
         assert set(table) == {"mmd_grad", "langevin"}  # what is the table's own already is left out
-        monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "another")
+        on_device(tuned, monkeypatch, "another")
         assert mmd_launch.blocks("grad", 64) == own
     finally:
-        tuned._table.cache_clear()
+        forget(tuned)
 
 
 def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +210,8 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
         stage = gpu.Stage("tune", tmp_path / f"{device}.json", about())
         gpu.tune(stage)
         assert set(known) - set(stage.done) == missing
-    monkeypatch.setattr(tuned.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuned.torch.cuda, "get_device_name", lambda: "A GPU")
-    tuned._table.cache_clear()
     try:
+        on_device(tuned, monkeypatch, "A GPU")
         assert [launch.lpips_blocks(c)["BLOCK_P"] for c in (64, 100, 512)] == [32, 16, 4]
         assert nearest_launch.filter_options(0) == {"num_warps": 4, "num_stages": 2}
         assert mmd_launch.blocks("slope", 512)["num_warps"] == 4
@@ -211,7 +219,7 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
         assert mmd_launch.blocks("grad", 64, "energy", "bf16x6")["num_warps"] == 8
         assert mmd_launch.blocks("grad", 64, "imq", "tf32x3")["num_warps"] == 8
     finally:
-        tuned._table.cache_clear()
+        forget(tuned)
 
 
 def test_what_a_search_times_is_of_its_size(gpu: ModuleType) -> None:
