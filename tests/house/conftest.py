@@ -12,3 +12,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> C
     """Name -> module of benchmarks/."""
     monkeypatch.syspath_prepend(str(pytestconfig.rootpath))
     return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def harness(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("harness")
