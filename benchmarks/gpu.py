@@ -7,15 +7,11 @@ test files run beside each other, a search's candidates are compiled together.
 
 import argparse
 import concurrent.futures
-import contextlib
-import csv
 import dataclasses
 import importlib.util
 import json
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,92 +23,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, results
+from benchmarks import gpu_profile, machine, results
 from benchmarks.harness import FAMILIES, ContextLost
+from benchmarks.stages import SECONDS, Stage, again, outcome_of, ran, tool
 
-SECONDS = 560.0  # a stage stops of itself before ten minutes; the next call goes on
 PATIENCE = 20.0
 WORTH = 1.02  # a configuration has to be this much faster than the table's to replace it
 CRASHES = [-s for s in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)]
 SANITIZERS = ("memcheck", "racecheck")
-METRICS = {
-    "seconds": "gpu__time_duration.sum",
-    "dram bytes": "dram__bytes.sum",
-    "dram share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "issue share": "sm__inst_issued.avg.pct_of_peak_sustained_active",
-    "fp32 share": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
-    "tensor share": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-    "mufu share": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
-    "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
-}
-PROFILED_LAUNCHES = 20
 TOGETHER, WORKERS = 3, 6  # test files at a time, and processes for each: they wait for the compiler most of the time
-FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")  # where tools lie that are not on the PATH
-
-
-class Stage:
-    """What a stage has done, kept in the device's result file."""
-
-    def __init__(self, name: str, file: Path, about: dict[str, Any], seconds: float = SECONDS) -> None:
-        self.name, self.file, self.about = name, file, about
-        self.until = time.monotonic() + seconds
-        content: dict[str, Any] = results.load(file) if file.exists() else {"machine": about, "rows": []}
-        kept: dict[str, Any] = content.get(name, {})
-        self.done: dict[str, Any] = kept.get("done", {}) if kept.get("commit") == about["commit"] else {}
-
-    def left(self) -> float:
-        return self.until - time.monotonic()
-
-    def steps(self, names: list[str]) -> Iterator[str]:
-        """Those of `names` that are not done yet, while there is time."""
-        for name in names:
-            if name in self.done:
-                continue
-            if self.left() < 0:
-                break
-            print(f"{self.name}: {name}", flush=True)
-            yield name
-        self.say(names)
-
-    def each(self, names: list[str], do: Callable[[str], Any], together: int = 1) -> None:
-        """Does and records those of `names` that are not done yet, several at a time; None is no outcome."""
-        with concurrent.futures.ThreadPoolExecutor(together) as pool:
-
-            def one(name: str) -> Any:
-                if self.left() < 0:
-                    return None
-                print(f"{self.name}: {name}", flush=True)
-                return do(name)
-
-            doing = {pool.submit(one, name): name for name in names if name not in self.done}
-            try:
-                for future in concurrent.futures.as_completed(doing):
-                    if (outcome := future.result()) is not None:
-                        self.record(doing[future], outcome)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(_running):
-                    _kill(process)
-                raise
-        self.say(names)
-
-    def kept(self, step: str, done: "subprocess.CompletedProcess[str] | None", outcome: Any) -> Any:
-        """The outcome; of a failed one all that was said goes into a log beside the results."""
-        if done is not None and outcome["status"] == "failed":
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file.with_name(f"{self.file.stem}-{self.name}.log"), "a") as log:
-                log.write(f"==== {step}\n{done.stdout}{done.stderr}\n")
-        return outcome
-
-    def say(self, names: list[str]) -> None:
-        if left := [name for name in names if name not in self.done]:
-            print(f"{self.name}: out of time, {len(left)} steps are left: {', '.join(left)}")
-
-    def record(self, step: str, outcome: Any) -> None:
-        self.done[step] = outcome
-        content = results.load(self.file) if self.file.exists() else {"machine": self.about, "rows": []}
-        content[self.name] = {"commit": self.about["commit"], "date": self.about["date"], "done": self.done}
-        results.save(self.file, content)
 
 
 def target() -> str:
@@ -132,16 +51,16 @@ def test(stage: Stage) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", file]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
-        done = _ran(command, {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}, stage.left())
-        return stage.kept(file, done, _outcome(done, (0, 5)))
+        done = ran(command, {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}, stage.left())
+        return stage.kept(file, done, outcome_of(done, (0, 5)))
 
-    def sanitized(tool: str) -> Any:
-        if (sanitizer := _tool("compute-sanitizer")) is None:
+    def sanitized(name: str) -> Any:
+        if (sanitizer := tool("compute-sanitizer")) is None:
             return {"status": "missing", "says": "no compute-sanitizer on the PATH"}
         # Torch's caching allocator hides overruns between its blocks.
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_again("small", "all")]
-        done = _ran(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stage.left())
-        return stage.kept(tool, done, _outcome(done, (0,)))
+        command = [sanitizer, "--tool", name, "--error-exitcode", "9", *again("small", "all")]
+        done = ran(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stage.left())
+        return stage.kept(name, done, outcome_of(done, (0,)))
 
     stage.each(files, tested, TOGETHER)
     stage.each(list(SANITIZERS), sanitized, len(SANITIZERS))
@@ -149,61 +68,6 @@ def test(stage: Stage) -> int:
     for step in failed:
         print(f"failed: {step}\n{stage.done[step]['says']}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _again(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks", "gpu", *arguments]
-
-
-def _tool(name: str) -> str | None:
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, _folders())]))
-
-
-def _folders() -> list[Path]:
-    """The newest first."""
-    return [found for folder in FOLDERS for found in sorted(Path("/").glob(folder[1:]), reverse=True)]
-
-
-_running: set["subprocess.Popen[str]"] = set()
-
-
-def _ran(command: list[str], environment: dict[str, str], seconds: float) -> "subprocess.CompletedProcess[str] | None":
-    """None where it takes longer: it and what it started are gone then."""
-    process = subprocess.Popen(
-        command,
-        cwd=machine.ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _running.add(process)
-    try:
-        out, said = process.communicate(timeout=max(seconds, 0.0))
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        print(f"out of time: {' '.join(command[-4:])}: {process.communicate()[0][-300:].strip()}", flush=True)
-        return None
-    finally:
-        if process.poll() is None:
-            _kill(process)
-        _running.discard(process)
-    return subprocess.CompletedProcess(command, process.returncode, out, said)
-
-
-def _kill(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _outcome(done: "subprocess.CompletedProcess[str] | None", fine: tuple[int, ...]) -> dict[str, Any] | None:
-    """pytest's 5 is a file without a test for this device."""
-    if done is None:
-        return None
-    says = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-    return {"status": "passed" if done.returncode in fine else "failed", "says": says}
 
 
 def small(family: str) -> int:
@@ -449,89 +313,6 @@ def _timed(work: str) -> float:
     return min(ready.seconds(0.05) for _ in range(5))
 
 
-def profile(stage: Stage) -> int:
-    """ncu's counters for the kernels of each family's slowest work of ours."""
-    content = results.load(stage.file) if stage.file.exists() else {"rows": []}
-    slowest = slowest_works(content["rows"])
-    if not slowest:
-        raise ValueError("profile: expected rows of `make gpu STAGE=bench` in the result file, got none")
-
-    def profiled(family: str) -> Any:
-        if (ncu := _tool("ncu")) is None:
-            return {"status": "missing", "says": "no ncu on the PATH"}
-        metrics = set(METRICS.values())
-        while True:
-            # The clocks are left alone: a bench's are, too, and the machine may be others' as well.
-            command = [ncu, "--csv", "--page", "raw", "--profile-from-start", "off", "--clock-control", "none"]
-            command += ["--launch-count", str(PROFILED_LAUNCHES), "--metrics", ",".join(sorted(metrics))]
-            done = _ran([*command, *_again("once", family, slowest[family])], {}, stage.left())
-            if done is None or not (unknown := unknown_metrics(done.stdout + done.stderr, metrics)):
-                break
-            metrics -= unknown  # what another chip has
-        outcome = stage.kept(family, done, _outcome(done, (0,)))
-        if outcome is None or done is None:
-            return None
-        return outcome | {"work": slowest[family], "kernels": counters(done.stdout)}
-
-    stage.each(list(slowest), profiled)
-    return 1 if any(outcome["status"] == "failed" for outcome in stage.done.values()) else 0
-
-
-def unknown_metrics(said: str, metrics: set[str]) -> set[str]:
-    """Those that ncu complains about."""
-    errors = [line for line in said.splitlines() if line.startswith("==ERROR==") and "metric" in line]
-    return {metric for metric in metrics if any(metric.split(".")[0] in line for line in errors)}
-
-
-def slowest_works(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """family -> the work of ours that took longest, of those that were measured more than once."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        slowest = found.get(row["family"], {"seconds": 0.0})["seconds"]
-        if row["provider"] == "fastgen" and row.get("rounds", 1) > 1 and row["seconds"] > slowest:
-            found[row["family"]] = row
-    return {family: row["work"] for family, row in found.items()}
-
-
-def counters(text: str) -> list[dict[str, Any]]:
-    """ncu's CSV: a line of names, a line of units, then a launch a line; what it prints before is skipped."""
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        return []
-    found = []
-    table = list(csv.DictReader(lines[start:]))
-    units = table[0] if table else {}
-    for launch in table[1:]:
-        entry: dict[str, Any] = {"kernel": re.sub(r"\(.*", "", launch["Kernel Name"])}
-        for name, metric in METRICS.items():
-            if launch.get(metric):
-                entry[name] = float(launch[metric].replace(",", "")) * _scale(units.get(metric, ""))
-        found.append(entry)
-    return sorted(found, key=lambda entry: -entry.get("seconds", 0.0))
-
-
-def _scale(unit: str) -> float:
-    """To seconds and bytes; shares stay per cent."""
-    scales = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "second": 1.0}
-    return (scales | {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}).get(unit, 1.0)
-
-
-def once(family: str, name: str) -> int:
-    """One warm call of ours between a start and a stop of the profiler: backward's kernels are another thread's."""
-    from benchmarks.__main__ import works
-
-    work = next(w for w in works(family, "huge") if w.name == name)
-    run = work.provider("fastgen").setup(work.inputs(torch.device("cuda")))
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
-    return 0
-
-
 def bench(file: Path, seconds: float, patience: float) -> int:
     """`python -m benchmarks all --device cuda --huge`; where a kernel took the device with it, again without that, and
     where a peer took the process with it, without the peer."""
@@ -559,8 +340,8 @@ def bench(file: Path, seconds: float, patience: float) -> int:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["small"]:
         return small(argv[1])
-    if argv[:1] == ["once"]:
-        return once(argv[1], argv[2])
+    if argv[:1] in (["once"], ["timeline"]):
+        return {"once": gpu_profile.once, "timeline": gpu_profile.timeline}[argv[0]](argv[1], argv[2])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -586,4 +367,4 @@ def main(argv: list[str]) -> int:
     if arguments.stage == "bench":
         return bench(file, arguments.seconds, arguments.patience)
     stage = Stage(arguments.stage, file, about, arguments.seconds)
-    return {"test": test, "tune": tune, "profile": profile}[arguments.stage](stage)
+    return {"test": test, "tune": tune, "profile": gpu_profile.profile}[arguments.stage](stage)

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SASS = """
@@ -40,6 +41,11 @@ SASS = """
 @pytest.fixture
 def static(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("static")
+
+
+@pytest.fixture
+def profile(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("gpu_profile")
 
 
 @pytest.fixture
@@ -303,8 +309,8 @@ def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest
 
     def do(name: str) -> Any:
         seconds, code = commands[name]
-        done = gpu._ran([sys.executable, "-c", code], {}, seconds)
-        return stage.kept(name, done, gpu._outcome(done, (0, 5)))
+        done = gpu.ran([sys.executable, "-c", code], {}, seconds)
+        return stage.kept(name, done, gpu.outcome_of(done, (0, 5)))
 
     stage.each(list(commands), do, together=3)
     done = json.loads((tmp_path / "a.json").read_text())["test"]["done"]
@@ -323,8 +329,8 @@ def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest
     assert "1 steps are left" in capsys.readouterr().out
 
 
-def test_the_counters_of_ncu(gpu: ModuleType) -> None:
-    metric = gpu.METRICS
+def test_the_counters_of_ncu(profile: ModuleType) -> None:
+    metric = profile.METRICS
     names = ["ID", "Process ID", "Kernel Name", metric["seconds"], metric["dram bytes"], metric["mufu share"]]
     lines = [
         "==PROF== Connected to process 1",
@@ -333,30 +339,82 @@ def test_the_counters_of_ncu(gpu: ModuleType) -> None:
         '"0","1","_pack(float*)","12.5","1,024.5","3.25"',
         '"1","1","_mmd_grad_kernel(float*, int)","1,500","2","61"',
     ]
-    found = gpu.counters("\n".join(lines))
+    found = profile.counters("\n".join(lines))
     assert [k["kernel"] for k in found] == ["_mmd_grad_kernel", "_pack"]
     assert found[0]["seconds"] == pytest.approx(1.5e-3)
     assert found[0]["dram bytes"] == pytest.approx(2e6)
     assert found[1]["dram bytes"] == pytest.approx(1.0245e9)
     assert found[1]["mufu share"] == 3.25
-    assert gpu.counters("==ERROR== no permission") == []
+    assert profile.counters("==ERROR== no permission") == []
     said = "==ERROR== Failed to find metric regex:^sm__pipe_tensor_cycles_active(\\.|$)\n==PROF== dram__bytes.sum"
-    assert gpu.unknown_metrics(said, set(metric.values())) == {metric["tensor share"]}
-    assert gpu.unknown_metrics("==ERROR== The application returned an error code", set(metric.values())) == set()
+    assert profile.unknown_metrics(said, set(metric.values())) == {metric["tensor share"]}
+    assert profile.unknown_metrics("==ERROR== The application returned an error code", set(metric.values())) == set()
 
 
-def test_the_slowest_work_of_each_family_is_profiled(gpu: ModuleType) -> None:
+def test_the_slowest_work_of_each_family_is_profiled(profile: ModuleType) -> None:
     def row(family: str, work: str, seconds: float, rounds: int = 5, provider: str = "fastgen") -> dict[str, Any]:
         return {"family": family, "work": work, "seconds": seconds, "rounds": rounds, "provider": provider}
 
     rows = [row("mmd", "a", 1), row("mmd", "b", 2), row("mmd", "once", 9, 1), row("mmd", "eager", 8, 5, "eager")]
     rows += [row("langevin", "c", 0.1), {"family": "nearest", "work": "d", "provider": "fastgen", "status": "failed"}]
-    assert gpu.slowest_works(rows) == {"mmd": "b", "langevin": "c"}
+    assert profile.slowest_works(rows) == {"mmd": "b", "langevin": "c"}
+
+
+def test_a_timeline_adds_up_its_kernels(profile: ModuleType) -> None:
+    device = torch.autograd.DeviceType
+    events = [
+        SimpleNamespace(key="aten::mul", device_type=device.CPU, self_device_time_total=50.0, count=9),
+        SimpleNamespace(key="short", device_type=device.CUDA, self_device_time_total=2.0, count=3),
+        SimpleNamespace(key="long" * 40, device_type=device.CUDA, self_device_time_total=30.0, count=1),
+    ]
+    found = profile.kernels(events)
+    assert found["kernel_seconds"] == pytest.approx(32e-6)
+    assert found["kernel_launches"] == 4
+    assert [(k["kernel"], k["launches"]) for k in found["kernels"]] == [("long" * 25, 1), ("short", 3)]
+
+
+def test_the_profile_has_a_timeline_of_each_work_of_the_bars(
+    profile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the counters of each family's slowest work, where ncu is there."""
+    from benchmarks import bars, results, stages
+
+    asked = next(bar for bar in bars.BARS if bar.on == bars.GPU)
+    row = {"family": asked.family, "provider": "fastgen", "status": "ok", "seconds": 1.0, "rounds": 5}
+    rows = [row | {"work": asked.work}, row | {"work": "another", "seconds": 2.0}]
+    results.save(tmp_path / "a.json", {"machine": {}, "rows": rows})
+    commands: list[list[str]] = []
+
+    def ran(command: list[str], environment: dict[str, str], seconds: float) -> Any:
+        commands.append(command[-3:])
+        said = "loaded\n" + json.dumps({"seconds": 2.0, "kernels": []})
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(profile, "ran", ran)
+    monkeypatch.setattr(profile, "tool", lambda name: None)
+    stage = stages.Stage("profile", tmp_path / "a.json", about())
+    assert profile.profile(stage) == 0
+    assert commands == [["timeline", asked.family, asked.work]]
+    assert stage.done[f"{asked.family}: {asked.work}"] == {"status": "passed", "seconds": 2.0, "kernels": []}
+    assert stage.done[asked.family]["status"] == "missing"
+    monkeypatch.setattr(profile, "tool", lambda name: "/bin/ncu")
+    assert profile.profile(stages.Stage("profile", tmp_path / "a.json", about("def"))) == 0
+    assert commands[-1] == ["once", asked.family, "another"]
+
+
+@pytest.mark.gpu
+def test_a_timeline_on_the_gpu(profile: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bars
+
+    asked = next(bar for bar in bars.BARS if bar.family == "langevin" and bar.on == bars.GPU)
+    assert profile.timeline(asked.family, asked.work) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["kernel_launches"] == 1
+    assert found["kernels"][0]["kernel"] == "_langevin_kernel"
+    assert 0 < found["kernel_seconds"] < found["seconds"]
 
 
 def test_the_stages_need_a_gpu(gpu: ModuleType) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is one")
     for stage in ("test", "bench", "tune", "profile"):
