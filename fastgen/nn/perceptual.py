@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
+from fastgen.nn.perceptual_replay import Replays, Target
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class PerceptualLoss(nn.Module):
             pads 28 to 32. None, the default, gives the network what comes: any size for EfficientNet-lite0, for the
             others one that their poolings leave something of.
         reduction: "none" for [N], "mean" for a scalar.
+        cuda_graph: "auto", True or False, as for `LPIPS`; with a trunk of our own, which is frozen.
 
     forward(x, target): x and target are images [N, 1 or 3, H, W] in [0, 1], which our trunks normalise by their own
         mean and std; one channel counts as three equal ones. target may be `loss.target(y)`, or rows of it, and then y
@@ -145,6 +147,7 @@ class PerceptualLoss(nn.Module):
         style_layers: Sequence[str] | None = None,
         pad_to: int | None = None,
         reduction: str = "none",
+        cuda_graph: bool | str = "auto",
     ) -> None:
         super().__init__()
         self.pixel_weight = check.number("pixel_weight", pixel_weight, least=0)
@@ -167,11 +170,15 @@ class PerceptualLoss(nn.Module):
         self.distance = check.choice("distance", distance, F.DISTANCES)
         self.pad_to = None if pad_to is None else check.integer("pad_to", pad_to, least=1)
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
+        self.replays = Replays(cuda_graph)
+        if cuda_graph is True and not isinstance(self.trunk, trunks.Trunk):
+            raise ValueError(f"trunk: expected one of our own for cuda_graph=True, got {type(self.trunk).__name__}")
         self.entered: list[Features] = []
 
     def extra_repr(self) -> str:
         names = ("layers", "layer_weight", "distance", "pixel_weight", "style_weight", "style_layers", "pad_to")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "reduction"))
+        told = [f"{name}={getattr(self, name)!r}" for name in (*names, "reduction")]
+        return ", ".join([*told, f"cuda_graph={self.replays.cuda_graph!r}"])
 
     def _names(self, argument: str, layers: Sequence[str]) -> tuple[str, ...]:
         if isinstance(layers, str):
@@ -210,7 +217,16 @@ class PerceptualLoss(nn.Module):
         return kept(self, lambda: Features.cat([self.features(part) for part in y.split(chunk)]))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
-        theirs = _theirs(self, x, target)
+        checked = _target(self, x, target)
+        if not isinstance(self.trunk, trunks.Trunk):
+            return self._distance(x, checked)
+        names = (self._taps, self.layers, self.style_layers)
+        weights = (tuple(self.layer_weight), self.pixel_weight, self.style_weight)
+        options = (names, weights, self.distance, self.pad_to, self.reduction)
+        return self.replays(self, options, self._distance, "x", x, checked)
+
+    def _distance(self, x: Tensor, target: Target) -> Tensor:
+        theirs = _theirs(self, target)
         ours = self.features(x).maps
         plain = len(ours) - len(self.style_layers)
         total: Tensor | None = None
@@ -225,8 +241,8 @@ class PerceptualLoss(nn.Module):
         return total.mean() if self.reduction == "mean" else total
 
 
-def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Features | None) -> tuple[Tensor, ...]:
-    """The maps that x is compared with: cached ones, those of the `with` block we are in, or made of images now."""
+def _target(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Features | None) -> Target:
+    """What x is compared with: cached maps, those of the `with` block we are in, or images."""
     images_of("x", x)
     if target is None:
         target = entered_target("target", loss.entered)
@@ -241,6 +257,13 @@ def _theirs(loss: "PerceptualLoss | GLANNLoss", x: Tensor, target: Tensor | Feat
         raise ValueError(f"target: expected the shape of x, {list(x.shape)}, got {list(target.shape)}")
     if isinstance(loss.trunk, trunks.Trunk):
         trunks.fitted("target", target, loss.trunk)  # by its name here
+    return target
+
+
+def _theirs(loss: "PerceptualLoss | GLANNLoss", target: Target) -> tuple[Tensor, ...]:
+    """The maps that x is compared with."""
+    if not isinstance(target, Tensor):
+        return target
     # A trainable trunk's parameters get a share through either side.
     wanted = target.requires_grad or any(parameter.requires_grad for parameter in loss.trunk.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
@@ -309,6 +332,7 @@ class GLANNLoss(nn.Module):
     Args:
         weights: of VGG16, as `fastgen.nn.trunk` takes them: None for torch hub's cache, a path or a state dict.
         reduction: "none" for [N], "mean" for a scalar.
+        cuda_graph: "auto", True or False, as for `LPIPS`.
 
     forward(x, target): images [N, 1 or 3, S, S] in [0, 1], of S = 16, 28 (padded with black to 32), 32, 64 or any S >
         64, for which the images shrunk to a quarter are compared too; one channel counts as three equal ones. target
@@ -326,14 +350,17 @@ class GLANNLoss(nn.Module):
     Source: Hoshen, Li & Malik 2019, eq. 2; github.com/yedidh/glann, vgg_metric.py, utils.py and glo.py.
     """
 
-    def __init__(self, weights: trunks.Weights = None, *, reduction: str = "none") -> None:
+    def __init__(
+        self, weights: trunks.Weights = None, *, reduction: str = "none", cuda_graph: bool | str = "auto"
+    ) -> None:
         super().__init__()
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
+        self.replays = Replays(cuda_graph)
         self.trunk = trunks.trunk("vgg16", weights, mean=[0.5] * 3, std=[0.5] * 3)
         self.entered: list[Features] = []
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}, cuda_graph={self.replays.cuda_graph!r}"
 
     def size_of(self, images: Tensor) -> tuple[int, ...]:
         return sizes(images, 32 if images.shape[2] == 28 else None)
@@ -357,7 +384,11 @@ class GLANNLoss(nn.Module):
         return kept(self, lambda: self.features(y))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
-        theirs = _theirs(self, x, target)
+        checked = _target(self, x, target)
+        return self.replays(self, (self.reduction,), self._distance, "x", x, checked)
+
+    def _distance(self, x: Tensor, target: Target) -> Tensor:
+        theirs = _theirs(self, target)
         ours = self.features(x).maps
         # Images count twice: |(2x − 1) − (2y − 1)|. At 28 pixels their mean is over the padded 32.
         pixels = 2.0 * (28 / 32) ** 2 if x.shape[2] == 28 else 2.0

@@ -14,6 +14,7 @@ from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
 from fastgen.nn.perceptual import Features, entered_target, images_of, kept
+from fastgen.nn.perceptual_replay import Replays, Target
 from fastgen.nn.trunks_conv import scaled
 from fastgen.reference import perceptual as reference
 
@@ -113,8 +114,11 @@ def _complete_heads(module: nn.Module, state: dict[str, Any], prefix: str, *rest
         module._random_heads = False
 
 
-def _needs_grad(in1: Tensor | Features) -> bool:
-    return isinstance(in1, Tensor) and in1.requires_grad
+def _sum(shares: list[Tensor]) -> Tensor:
+    value = shares[0]
+    for one in shares[1:]:
+        value = value + one
+    return value
 
 
 class LPIPS(nn.Module):
@@ -141,13 +145,19 @@ class LPIPS(nn.Module):
             torchvision's names.
         eps_mode: "lpips", or "torchmetrics" for the numbers of torchmetrics' LPIPS.
         channels_last: runs the trunk in that layout, where its convolutions and our kernels are fastest; a frozen one
-            does on the CPU in any case, in float32 and with its weights packed once (again their size in memory, twice
-            where gradients are taken).
+            does in any case on GPUs from Ampere on and on the CPU in float32, there with its weights packed once (again
+            their size in memory, twice where gradients are taken).
         one_batch: two images of one call pass the trunk as one batch, where neither or both need a gradient: fewer
         launches.
         compile: runs the trunk through torch.compile, with a compilation for each kind of input.
-        cuda_graph: that, replayed as CUDA graphs (torch.compile's mode "reduce-overhead"): for small images, where
-            launches cost more than the work. CUDA images only; the maps are copied out of the graph's memory.
+        cuda_graph: on CUDA, with frozen networks, "auto" records the value and the images' gradients as one CUDA graph
+            when a kind of call (shapes, layouts, dtypes, gradients wanted, autocast, stream) comes for the fourth time
+            and has at most 2¹⁸ pixels, and from then on replays it: one launch instead of some hundred, at the price of
+            its memory, which stays taken. Results are copies. Weights may change in place; replaced ones are recorded
+            anew. What cannot be recorded runs as it is: spatial, retPerLayer, one image against many, float16
+            gradients, second orders, hooks; a capture that fails warns. True records at once, whatever the size,
+            raises where a capture fails and takes CUDA images only; False never records. With compile=True, True means
+            torch.compile's mode "reduce-overhead", of the trunk alone, and "auto" nothing.
 
     forward(in0, in1, retPerLayer=False, normalize=False): images [N, 1 or 3, H, W] in [-1, 1], with normalize=True in
     [0, 1], of the module's dtype or a narrower one; CPU images outside warn once (on CUDA the look would wait for the
@@ -187,7 +197,7 @@ class LPIPS(nn.Module):
         channels_last: bool = False,
         one_batch: bool = False,
         compile: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | str = "auto",
     ) -> None:
         super().__init__()
         if model_path is not None and not (pretrained and lpips):
@@ -214,8 +224,9 @@ class LPIPS(nn.Module):
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.one_batch, self.cuda_graph = one_batch, cuda_graph
-        self.whole = compile or cuda_graph
-        trunks.compile_module(self.net, compile, cuda_graph)
+        self.whole, self.whole_graph = compile, compile and cuda_graph is True
+        self.replays = Replays(cuda_graph)
+        trunks.compile_module(self.net, self.whole, self.whole_graph)
         self.lins = nn.ModuleList()
         if lpips:
             heads = [_Head(channels, use_dropout) for channels in self.chns]
@@ -257,7 +268,7 @@ class LPIPS(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        trunks.compile_module(self.net, self.whole, self.cuda_graph)  # torch leaves it out of copies
+        trunks.compile_module(self.net, self.whole, self.whole_graph)  # torch leaves it out of copies
 
     def train(self, mode: bool = True) -> "LPIPS":
         return super().train(mode and not self._pinned)
@@ -294,7 +305,7 @@ class LPIPS(nn.Module):
         images = trunks.fitted("images", images_of("images", images), self.net)
         self._check_range(images, normalize)
         trunks.check_sides("images", images, self.least, f"net={self.pnet_type!r}")
-        if self.cuda_graph:
+        if self.whole_graph:
             trunks.check_cuda("images", images)
         # 2x − 1, − shift and / scale as one pass, or none
         shift, scale = (t[0].to(images.dtype) for t in (self.scaling_layer.shift, self.scaling_layer.scale))
@@ -305,7 +316,7 @@ class LPIPS(nn.Module):
             made: list[Tensor] = self.net(images, gain, offset, use)
             return made
         maps: list[Tensor] = self.net(images, gain, offset)
-        if self.cuda_graph:  # the next replay writes to the graph's memory
+        if self.whole_graph:  # the next replay writes to the graph's memory
             maps = [f.clone() for f in maps]
         return maps if use is None else [use(k, f) for k, f in enumerate(maps)]
 
@@ -334,6 +345,16 @@ class LPIPS(nn.Module):
         samples0, samples1 = in0.shape[0], len(in1)
         if samples0 != samples1 and 1 not in (samples0, samples1):
             raise ValueError(f"in1: expected {samples0} images or 1, got {samples1}")
+        target = in1.maps if isinstance(in1, Features) else in1
+        if self.whole or self.spatial or self.training or retPerLayer or samples0 != samples1:
+            shares = self._shares(in0, target, normalize)
+            return (_sum(shares), shares) if retPerLayer else _sum(shares)
+        options = (normalize, self.version, self.eps_mode, self.one_batch)
+        return self.replays(self, options, lambda x, y: _sum(self._shares(x, y, normalize)), "in0", in0, target)
+
+    def _shares(self, in0: Tensor, target: Target, normalize: bool) -> list[Tensor]:
+        """What each layer adds."""
+        samples0, samples1 = len(in0), len(target if isinstance(target, Tensor) else target[0])
         samples = max(samples0, samples1) if 0 not in (samples0, samples1) else 0
         weights = self.weights()
         theirs: Sequence[Tensor] = ()
@@ -347,22 +368,19 @@ class LPIPS(nn.Module):
             f0, f1 = (f if len(f) == samples else f.expand(samples, -1, -1, -1) for f in (f0, theirs[k]))
             return self._layer(k, f0, f1, weights[k], in0)
 
-        together = self.one_batch and not (torch.is_grad_enabled() and in0.requires_grad != _needs_grad(in1))
-        if isinstance(in1, Features) or not together:
-            theirs = in1.maps if isinstance(in1, Features) else self.features(in1, normalize).maps
-            # Each layer is compared as soon as its map is there: its gradient too is then made when the backward comes
-            # to it, where it would else be kept from the start.
-            shares = self._run(in0, normalize, share)
-        else:
-            channels = max(in0.shape[1], in1.shape[1])
-            pair = torch.cat([image.expand(-1, channels, -1, -1) for image in (in0, in1)])
+        if not isinstance(target, Tensor):
+            theirs = target
+        elif self.one_batch and not (torch.is_grad_enabled() and in0.requires_grad != target.requires_grad):
+            channels = max(in0.shape[1], target.shape[1])
+            pair = torch.cat([image.expand(-1, channels, -1, -1) for image in (in0, target)])
             maps = self.features(pair, normalize).maps
             theirs = [f[samples0:] for f in maps]
-            shares = [share(k, f[:samples0]) for k, f in enumerate(maps)]
-        value = shares[0]
-        for one in shares[1:]:
-            value = value + one
-        return (value, shares) if retPerLayer else value
+            return [share(k, f[:samples0]) for k, f in enumerate(maps)]
+        else:
+            theirs = self.features(target, normalize).maps
+        # Each layer is compared as soon as its map is there: its gradient too is then made when the backward comes to
+        # it, where it would else be kept from the start.
+        return self._run(in0, normalize, share)
 
     def _layer(self, k: int, f0: Tensor, f1: Tensor, weight: Tensor, image: Tensor) -> Tensor:
         dropout = self.training and self.lpips and len(self.lins[k].model) > 1  # type: ignore[arg-type]

@@ -422,8 +422,9 @@ def trunk(
             nothing is downloaded). Else a path (.pth or .safetensors) or a state dict. "random" means just that.
         mean, std: three numbers each, of images in [0, 1]; default the trunk's own. 0.5 and 0.5 give 2I − 1, GLANN's
             input to VGG16.
-        channels_last: convolutions and maps in that layout, which EfficientNet-lite0 has anyway, and on the CPU in
-            float32 the others too, with their weights packed once (again their size, twice where gradients are taken).
+        channels_last: convolutions and maps in that layout, which EfficientNet-lite0 has anyway, and the others too on
+            GPUs from Ampere on and on the CPU in float32, there with their weights packed once (again their size, twice
+            where gradients are taken).
         compile: runs the network through torch.compile, with a compilation for each kind of input.
         cuda_graph: that, replayed as CUDA graphs (torch.compile's mode "reduce-overhead"): for small images, where
             launches cost more than the work. CUDA images only; the maps are copied out of the graph's memory.

@@ -54,6 +54,13 @@ def _same(weight: Tensor, known: Tensor, version: int, sample: Tensor) -> bool:
     return torch.equal(_sample(weight), sample)
 
 
+def _tensor_cores(weight: Tensor) -> bool:
+    """Whether convolutions with such weights run on them, in float32 too (as TF32, unless it is switched off)."""
+    if not weight.is_cuda or weight.dtype == torch.float64 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
 class Conv(nn.Conv2d):
     """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights packed once for oneDNN.
 
@@ -61,6 +68,8 @@ class Conv(nn.Conv2d):
     ones take their size again, and once more after a first backward pass. Anything else is left to `nn.Conv2d`. Change
     weights under torch.no_grad(), as it should be: of what is written past autograd, to `weight.data` or its memory, 64
     numbers tell, not each.
+
+    On a GPU frozen weights are kept in channels_last.
     """
 
     padding: tuple[int, int]
@@ -68,6 +77,14 @@ class Conv(nn.Conv2d):
     @property
     def padding_back(self) -> list[int]:
         return [k - 1 - p for k, p in zip(self.kernel_size, self.padding, strict=True)]
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Frozen weights that come to a GPU with tensor cores lie in channels_last there, and maps follow them: cuDNN
+        would else reorder maps and weights for each convolution, forward and back."""
+        super()._apply(fn, recurse)
+        if not self.weight.requires_grad and _tensor_cores(self.weight):
+            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        return self
 
     def packs(self, x: Tensor) -> bool:
         """Whether packed weights serve: frozen, and no autocast, compiler or transform of torch.func that must see."""

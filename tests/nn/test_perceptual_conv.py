@@ -226,3 +226,26 @@ def test_a_single_weight_that_changes_is_seen():
         for change in (lambda: conv.weight[3, 2, 1, 1].add_(1), another, another):  # the last two of one version
             change()
             torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_gpu_frozen_weights_lie_in_channels_last(monkeypatch):
+    from fastgen.nn import trunks_conv
+
+    assert not trunks_conv._tensor_cores(torch.zeros(1, 1, 1, 1))
+    monkeypatch.setattr(trunks_conv, "_tensor_cores", lambda weight: weight.dtype != torch.float64)  # as if one came
+    monkeypatch.setattr(Conv, "packs", lambda self, x: False)
+    moved, plain_one = LPIPS(pnet_rand=True), LPIPS(pnet_rand=True)
+    plain_one.load_state_dict(moved.state_dict())
+    x, y = torch.rand(2, 3, 40, 40, requires_grad=True), torch.rand(2, 3, 40, 40)
+    expected = plain_one(x, y)
+    assert moved.to("cpu") is moved  # whatever moves or casts it
+    for f in moved.features(x).maps[:2]:  # the others are of one pixel
+        assert f.is_contiguous(memory_format=torch.channels_last)
+        assert not f.is_contiguous()
+    for key, value in plain_one.state_dict().items():
+        assert torch.equal(moved.state_dict()[key], value)
+    torch.testing.assert_close(moved(x, y), expected, rtol=1e-5, atol=0)
+    grads = [torch.autograd.grad(value.sum(), x)[0] for value in (moved(x, y), expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-8)
+    for trained in (Conv(3, 4, 3).to("cpu"), frozen((3, 4, 3, 1, 0)).double()):
+        assert trained.weight.is_contiguous()

@@ -271,7 +271,7 @@ def test_gradients_of_layers_are_made_when_they_are_used(monkeypatch):
 
 def test_cuda_graphs_need_cuda():
     x = torch.rand(1, 3, 40, 40)
-    with pytest.raises(ValueError, match=r"images: expected images on a CUDA device for cuda_graph=True, got float32"):
+    with pytest.raises(ValueError, match=r"in0: expected images on a CUDA device for cuda_graph=True, got float32"):
         LPIPS(pnet_rand=True, cuda_graph=True)(x, x)
     with pytest.raises(ValueError, match="x: expected images on a CUDA device for cuda_graph=True"):
         trunk("alexnet", "random", cuda_graph=True)(x, ["conv1"])
