@@ -65,7 +65,7 @@ def lpips_layer(
         if n:
             with torch.cuda.device_of(f0):
                 kernels._lpips_value_kernel[(n * programs,)](f0, f1, weight, partial, pixels, channels, eps, **flags)
-        return ((partial.sum(1, dtype=torch.float64) / pixels).to(torch.float32),)
+        return (partial.sum(1, dtype=torch.float64).to(torch.float32),)
     grad = grad.to(torch.float32).contiguous()
     out = [torch.empty_like(f) for f in (f0, f1)[:sides]]
     if n:
@@ -159,7 +159,7 @@ def feature_distance(f0: Tensor, f1: Tensor, squared: bool, grad: Tensor | None)
             kernels._feature_kernel[(n * programs,)](
                 f0, f1, grad, out, size, SQUARED=squared, BLOCK=FEATURE_BLOCK, **kernels.OPTIONS
             )
-    return out if grad is not None else (out.sum(1, dtype=torch.float64) / max(size, 1)).to(torch.float32)
+    return out if grad is not None else out.sum(1, dtype=torch.float64).to(torch.float32)
 
 
 def langevin_accept(elements: int) -> tuple[int, bool, int]:

@@ -46,7 +46,7 @@ def _lpips_value_kernel(
     f0_ptr,  # [N, C, P] or (LAST) [N, P, C], of any float type
     f1_ptr,
     weight_ptr,  # [C] float32
-    partial_ptr,  # [N · blocks] float32
+    partial_ptr,  # [N · blocks] float32: of a sample, to be added up
     pixels,
     channels,
     eps,
@@ -63,7 +63,7 @@ def _lpips_value_kernel(
     a, _ = _scale(tl.sum(x0 * x0, 1), eps, INSIDE)
     b, _ = _scale(tl.sum(x1 * x1, 1), eps, INSIDE)
     d = x0 * a[:, None] - x1 * b[:, None]
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(d * d * w, 1), 0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(d * d * w, 1), 0) / pixels)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _feature_kernel(
     f0_ptr,  # [N, size], of any float type
     f1_ptr,
     grad_ptr,  # None for the value, or [N] float32
-    out_ptr,  # [N · blocks] float32 sums, or the gradient, like f0
+    out_ptr,  # [N · blocks] float32, of a sample to be added up; or the gradient, like f0
     size,
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def _feature_kernel(
     d = x0 - x1
     if grad_ptr is None:
         d = d * d if SQUARED else tl.abs(d)
-        tl.store(out_ptr + tl.program_id(0), tl.sum(d, 0))
+        tl.store(out_ptr + tl.program_id(0), tl.sum(d, 0) / size)
     else:
         each = tl.load(grad_ptr + n) / size
         slope = d * 2.0 if SQUARED else tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # 0 at a tie, NaN at NaN
