@@ -243,6 +243,31 @@ def _product(
 
 
 @triton.jit
+def _expanded(
+    product,
+    norms,
+    row_start,
+    start,
+    shift,
+    parameters,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """u of a tile from its inner products; where column − row = shift the pair is put out of reach."""
+    if KIND >= POLYNOMIAL:
+        u = product + (norms + parameters[0])
+    else:
+        # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
+        u = tl.maximum(norms - 2.0 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    first = row_start + shift
+    if (first < start + BLOCK_N) & (start < first + BLOCK_M):
+        row = first - start + tl.arange(0, BLOCK_M)
+        u = tl.where(tl.arange(0, BLOCK_N)[None, :] == row[:, None], float("inf"), u)
+    return u
+
+
+@triton.jit
 def _distances(
     product,
     norm,
@@ -258,18 +283,10 @@ def _distances(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """u of a tile from its inner products; where column − row = shift the pair is put out of reach."""
+    """`_expanded` of packed points; a rooted kernel's close pairs are made of differences."""
     column = tl.arange(0, BLOCK_N)
     norms = norm[:, None] + tl.load(norm_ptr + start + column)[None, :]
-    if KIND >= POLYNOMIAL:
-        u = product + (norms + parameters[0])
-    else:
-        # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
-        u = tl.maximum(norms - 2.0 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    first = row_start + shift
-    if (first < start + BLOCK_N) & (start < first + BLOCK_M):
-        row = first - start + tl.arange(0, BLOCK_M)
-        u = tl.where(column[None, :] == row[:, None], float("inf"), u)
+    u = _expanded(product, norms, row_start, start, shift, parameters, KIND, BLOCK_M, BLOCK_N)
     if KIND >= LAPLACIAN and KIND < POLYNOMIAL:
         close = u < norms * CLOSE
         if tl.max(close.to(tl.int32)) > 0:

@@ -20,6 +20,7 @@ ROOTED = ("laplacian", "energy")
 COSTLY = ("rational_quadratic", *ROOTED)  # kernels that need more registers than WAE's seven scales do
 LARGEST = 1.25e34  # square of a point: beyond, a distance that overflows would be taken for one that does not count
 XX, YY, XY = 1, 2, 4
+ALL = XX | YY | XY
 # What is compiled ahead of time: of scales that are no pairs seven too, the ladders of `F.RBF` and `F.Laplacian`.
 LISTED: dict[str, tuple[float, ...]] = {
     "imq_pairs": (),
@@ -60,6 +61,20 @@ def resident(kind: str, precision: str, on: str) -> int:
     if on == "sm_100":
         return 32 if precision in ("bf16x6", "tf32x3") else 64
     return 64 if kind in COSTLY or on == "sm_80" else 128
+
+
+def product_precision(kind: str, precision: str) -> str:
+    """That of the products of points, where another is asked for."""
+    if kind in ROOTED and precision in ("tf32", "bf16x3"):
+        return "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
+    return precision
+
+
+def at_zero(kind: str, parameters: Sequence[float], estimator: str) -> int:
+    """What a pair i = i adds to the biased estimator beside the sums, which leave it out: its distance is zero."""
+    if estimator != "biased" or kind in ("energy", "polynomial"):
+        return 0
+    return len(parameters) - (kind == "rational_quadratic")
 
 
 def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3", on: str = "sm_90") -> dict[str, int]:
@@ -108,9 +123,7 @@ class _Packed:
         self.dp = -(-self.d // 128) * 128 if self.d > 128 else max(16, 1 << (self.d - 1).bit_length())
         self.padded_n, padded_m = (-(-k // ROWS) * ROWS for k in (self.n, self.m))
         self.padded = self.padded_n + padded_m
-        self.kind, self.precision = kind, precision
-        if kind in ROOTED and precision in ("tf32", "bf16x3"):
-            self.precision = "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
+        self.kind, self.precision = kind, product_precision(kind, precision)
         self.on = generation(x)
         self.deep = self.d > resident(kind, self.precision, self.on)
         name, base, self.parameters, form, slope = in_units(kind, tuple(parameters), pairs, second)
@@ -265,6 +278,7 @@ def mmd(
 ) -> tuple[Tensor, ...]:
     """MMD² and the unit gradients of the first `sides` of x and y, in float32; [N, D] or [B, N, D]."""
     from fastgen.kernels import mmd as kernels
+    from fastgen.kernels import mmd_small
 
     whole = (x, y, x_weight, y_weight, coefficients)
     if (parts := _parts(whole)) is not None:
@@ -272,6 +286,8 @@ def mmd(
         found = [mmd(a, b, *options, p, q, c, terms) for a, b, p, q, c in parts]
         return tuple(torch.cat(each) for each in zip(*found, strict=True))
     with torch.cuda.device_of(x):
+        if mmd_small.fits(x, y):
+            return mmd_small.mmd(x, y, sides, precision, pairs, kind, parameters, estimator, *whole[2:], terms)
         packed = _Packed(x, y, precision, pairs, kind, parameters, estimator, x_weight, y_weight, coefficients)
         tiles_x, tiles = packed.padded_n // ROWS, packed.padded // ROWS
         graded = (0, tiles_x, tiles)[sides]  # tiles of rows with a gradient; the value kernel takes the rest
@@ -317,14 +333,12 @@ def mmd(
                 **blocks("value", packed.dp, kind, packed.precision, packed.on),
             )
         total = total + partial.sum(-1)
-        if estimator == "biased" and kind not in ("energy", "polynomial"):
-            # The pairs i = i, left out above: their distance is exactly zero.
-            at_zero = len(parameters) - (kind == "rational_quadratic")
+        if own := at_zero(kind, parameters, estimator):
             for side, size in enumerate((packed.n, packed.m)):
                 if terms & (XX, YY)[side]:
                     squares = size if packed.weight is None else packed.squares(side)
                     a = 1 / size**2 if packed.coefficients is None else packed.coefficients[:, side]
-                    total = total + at_zero * a * squares
+                    total = total + own * a * squares
     return total.to(torch.float32).reshape(x.shape[:-2]), *gradients
 
 
@@ -377,6 +391,7 @@ def specs() -> list[Spec]:
     """What the tests compile ahead of time; first WAE's kernel at D = 64 in the default precision."""
     from fastgen.kernels import mmd as kernels
     from fastgen.kernels import mmd_slab as slab_kernels
+    from fastgen.kernels import mmd_small
 
     integers = ("n", "m", "d", "padded_n", "padded", "partials", "first_tile", "first_row", "local_row", "first_column")
     types: dict[str, Any] = dict.fromkeys((*integers, "rows", "columns", "count", "pulled"), "i32")
@@ -471,4 +486,4 @@ def specs() -> list[Spec]:
         launch("bend", name, 64)
     launch("bend", "imq", 512, weighted=True)
     launch("pull", "imq", 16)
-    return listed
+    return [*listed, *mmd_small.specs()]

@@ -16,18 +16,33 @@ HERE = Path(__file__).parent
 
 
 def _mend_the_interpreter() -> None:
-    """Triton 3.6's takes the bounds of a loop out of arrays of one element as numpy 2.4 refuses to (triton #9171)."""
+    """Triton 3.6's takes the bounds of a loop out of arrays of one element as numpy 2.4 refuses to (triton #9171); and
+    it keeps bfloat16 as bits, which it multiplies as the integers that they are, and cuts off what it should round."""
     if importlib.util.find_spec("triton") is None:
         return
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def multiplied(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (cast(self, p, tl.float32) if p.dtype.scalar == tl.bfloat16 else p for p in (a, b))
+        return dot(self, a, b, *rest)
+
+    def rounded(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            bits = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(bits, tl.bfloat16)
+        return cast(self, source, to)
+
     interpreter._patch_lang_tensor = patched
+    builder.create_dot, builder.cast_impl = multiplied, rounded
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels import mmd, mmd_launch, mmd_slab, mmd_units
+from fastgen.kernels import mmd, mmd_launch, mmd_slab, mmd_small, mmd_units
 from torch import Tensor
 
 from fastgen.ops.mmd import coefficients, inverse_pairs
@@ -28,6 +28,11 @@ KERNELS = {
     "linear": ("polynomial", [1.0, 0.3, 0.0]),
 }
 TERMS = (mmd_launch.XX, mmd_launch.YY, mmd_launch.XY)
+
+
+@pytest.fixture(autouse=True)
+def no_sample_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmd_small, "MOST", 0)
 
 
 def run(x: Tensor, y: Tensor, name: str, estimator: str, sides: int, **more: Any) -> tuple[Tensor, ...]:
@@ -280,7 +285,7 @@ def compiled() -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_compiles_for_every_target(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    kernels = ("grad", "value", "pack", "slope", "pull")
+    kernels = ("grad", "value", "pack", "slope", "pull", "small")
     assert set(compiled) == {(kernel, target) for kernel in kernels for target in targets}
     for (kernel, target), row in compiled.items():
         assert row["shared"] <= (64 if target == "gfx942" else 163) * 1024, (kernel, target)

@@ -4,7 +4,7 @@ that are None turned into constants. A GPU would compile at the call; the interp
 from collections.abc import Callable
 
 CODE = """
-from fastgen.kernels import mmd_launch
+from fastgen.kernels import mmd_launch, mmd_small
 
 IMQ = ("imq", [1.0, 2.0, 3.0], "biased")
 ONE = torch.ones(3, dtype=torch.float64)
@@ -19,6 +19,12 @@ def mmd(n, m, d, sides, *options, precision="bf16x3", dtype=torch.float32):
 
 
 calls = {
+    "small": mmd(140, 3, 20, 2, *IMQ, torch.ones(140), None, ONE),
+    "small single points": mmd(1, 1, 1, 0, *IMQ, dtype=torch.bfloat16),
+    "small in multiples of 16": mmd(16, 16, 16, 1, *IMQ, dtype=torch.float16),
+}
+mmd_small.MOST = 0
+calls |= {
     "weights": mmd(140, 3, 20, 2, *IMQ, torch.ones(140), None, ONE),
     "single points": mmd(1, 1, 1, 1, *IMQ, dtype=torch.bfloat16),
     "of many coordinates": mmd(1, 140, 129, 1, "polynomial", [3.0, 1.0, 1.0], "biased", None, torch.ones(140), ONE),
@@ -29,6 +35,9 @@ calls = {
 
 def test_every_kind_of_call_compiles(compiled: Callable[[str], dict[str, list[str]]]) -> None:
     assert compiled(CODE) == {
+        "small": ["mmd_small"],
+        "small single points": ["mmd_small"],
+        "small in multiples of 16": ["mmd_small"],
         "weights": ["mmd_pack", "mmd_grad"],
         "single points": ["mmd_pack", "mmd_grad", "mmd_value"],
         "of many coordinates": ["mmd_pack", "mmd_slope", "mmd_pull", "mmd_value"],
