@@ -152,12 +152,14 @@ class _Recording:
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty_like(t, requires_grad=False).copy_(t) for t in inputs]
             self.replay, self.outputs = recorder(run)
+            # A gradient comes in its image's own layout, whatever that of the network.
+            self.results = [self.outputs[0], *kind.chosen(self.inputs)] if any(kind.wanted) else self.outputs
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with self.lock, torch.no_grad():
             torch._foreach_copy_(self.inputs, list(inputs))
             self.replay()
-            return [output.clone() for output in self.outputs]
+            return [torch.empty_like(t).copy_(o) for t, o in zip(self.results, self.outputs, strict=True)]
 
 
 class _Replay(torch.autograd.Function):

@@ -251,6 +251,15 @@ def test_kinds_are_kept_apart_and_bounded(tapes: list[Tape], monkeypatch: pytest
     assert [tape.replays for tape in tapes] == [2] * 5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_gradient_comes_in_its_images_layout(layout: torch.memory_format, tapes: list[Tape]) -> None:
+    loss = lpips(net="squeeze", channels_last=True)
+    x, y = images(2, 40).contiguous(memory_format=layout).requires_grad_(), images(2, 40, seed=1)
+    strides = [value_and_gradients(loss, x, y)[1].stride() for _ in range(BEFORE + 2)]
+    assert strides[BEFORE:] == [x.stride()] * 2
+    assert [tape.replays for tape in tapes] == [2]
+
+
 def test_autocast(tapes: list[Tape]) -> None:
     loss, plain = perceptual(style_weight=1.0), perceptual(style_weight=1.0, cuda_graph=False)
     for k in range(BEFORE + 3):
