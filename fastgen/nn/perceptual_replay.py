@@ -84,11 +84,13 @@ class Recorder:
 
     def __call__(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """What repeats `run`, and where it leaves its results."""
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            run()  # loads kernels and makes workspaces, which a capture must not
-        current.wait_stream(self.stream)
+        # Loads kernels, which a capture must not. By another stream: cuBLAS's workspace for the capture's own should lie
+        # in the graph's memory, or whoever clears workspaces (torch.compile does) would give it to others.
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            run()
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Thread-local: in the mode by default, a data loader's thread that pins memory meanwhile would fail, and so
         # would the capture.

@@ -76,8 +76,14 @@ def glann(**options: Any) -> GLANNLoss:
     return GLANNLoss("random", **options)
 
 
+def efficient(**options: Any) -> PerceptualLoss:
+    torch.manual_seed(1)
+    return PerceptualLoss(trunk("efficientnet-lite0", "random"), layers=("block0", "block2", "block5"), **options)
+
+
 LOSSES: dict[str, tuple[Callable[..., Any], int]] = {"lpips": (lpips, 40), "perceptual": (perceptual, 24)}
-LOSSES |= {"glann": (glann, 16), "style": (lambda **o: perceptual(style_weight=0.1, reduction="mean", **o), 24)}
+LOSSES |= {"glann": (glann, 16), "efficient": (efficient, 28)}
+LOSSES |= {"style": (lambda **o: perceptual(style_weight=0.1, reduction="mean", **o), 24)}
 
 
 def images(count: int, side: int, channels: int = 3, seed: int = 0) -> Tensor:
