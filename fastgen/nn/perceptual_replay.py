@@ -84,8 +84,8 @@ class Recorder:
 
     def __call__(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """What repeats `run`, and where it leaves its results."""
-        # Loads kernels, which a capture must not. By another stream: cuBLAS's workspace for the capture's own should lie
-        # in the graph's memory, or whoever clears workspaces (torch.compile does) would give it to others.
+        # Loads kernels, which a capture must not. By another stream: cuBLAS's workspace for the capture's own should
+        # lie in the graph's memory, or whoever clears workspaces (torch.compile does) would give it to others.
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
