@@ -1,5 +1,6 @@
 """The Langevin step in place, and its noise. `fastgen.reference.langevin` specifies noise stream v1 to the bit."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -91,10 +92,9 @@ def langevin_step_(
         beta, out = _lookahead(lookahead, x)
     _apart(x, grad, out, stats)
     key = _key(x, seed, step, chain_id)
-    torch.ops.fastgen.langevin_step_(
-        x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats,
-        *scalars, low, high, beta, bool(noise_first), key[3], key[4],
-    )  # fmt: skip
+    tensors = (x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats)
+    run = _ops.direct if _ops.runs_directly(*tensors) else _ops.step_
+    run(*tensors, *scalars, low, high, beta, bool(noise_first), key[3], key[4])
     return x
 
 
@@ -168,6 +168,10 @@ def _apart(x: Tensor, grad: Tensor, out: Tensor | None, stats: Tensor | None) ->
     given = {"x": x, "grad": grad, "lookahead[1]": out, "stats": stats}
     spans = {}
     try:
+        if out is None and stats is None and x.is_contiguous() and grad.is_contiguous():
+            between = abs(x.data_ptr() - grad.data_ptr())
+            if between == 0 or between >= x.nbytes:
+                return
         for name, value in given.items():
             if value is not None and value.numel() and (start := value.data_ptr()):
                 last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -221,20 +225,38 @@ def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach()
 
 
-def _per_chain(name: str, value: float | Tensor, x: Tensor, **bounds: float) -> tuple[float, Tensor | None]:
+def _per_chain(
+    name: str, value: float | Tensor, x: Tensor | None, dtype: torch.dtype, **bounds: float
+) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
-        value = value.expand(len(x)) if value.ndim == 0 else value
-        return 0.0, _vector(name, value, x, _ops.compute_dtype(x.dtype))
-    return check.number(name, value, dtype=_ops.compute_dtype(x.dtype), **bounds), None
+        assert x is not None
+        return 0.0, _vector(name, value.expand(len(x)) if value.ndim == 0 else value, x, dtype)
+    return check.number(name, value, dtype=dtype, **bounds), None
 
 
-def _scales(
-    x: Tensor, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any
-) -> tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]:
-    """(η and s for each chain, or None; η, s, 1/σ², c): the arguments as the ops want them."""
+_Scales = tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]
+
+
+def _scales(x: Tensor, *given: Any) -> _Scales:
+    """(η and s for each chain, or None; η, s, 1/σ², c): step_size, noise_scale, prior_scale and grad_clip as the ops
+    want them."""
     compute = _ops.compute_dtype(x.dtype)
+    if not torch.compiler.is_compiling() and all(v is None or type(v) in (float, int) for v in given):
+        return _scales_of_numbers(compute, *given)
+    return _checked_scales(x, compute, *given)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _scales_of_numbers(compute: torch.dtype, *given: Any) -> _Scales:
+    """A chain has the same ones at every step."""
+    return _checked_scales(None, compute, *given)
+
+
+def _checked_scales(
+    x: Tensor | None, compute: torch.dtype, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any
+) -> _Scales:
     clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0, dtype=torch.float64)
-    h, step_sizes = _per_chain("step_size", step_size, x, above=0.0)
+    h, step_sizes = _per_chain("step_size", step_size, x, compute, above=0.0)
     precision = 0.0
     if prior_scale is not None:
         square = check.number("prior_scale", prior_scale, above=0.0, dtype=torch.float64) * prior_scale
@@ -248,7 +270,7 @@ def _scales(
         if step_sizes is not None:  # by way of float64: torch's float32 root may not be the nearest, nor that of a GPU
             noise_scales = (2.0 * step_sizes.double()).sqrt().to(compute)
     else:
-        s, noise_scales = _per_chain("noise_scale", noise_scale, x, least=0.0)
+        s, noise_scales = _per_chain("noise_scale", noise_scale, x, compute, least=0.0)
     return step_sizes, noise_scales, (h, s, precision, clip)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen import functional as F
 from fastgen.ops import backend
@@ -423,6 +424,46 @@ def test_one_graph_for_any_number_of_chains() -> None:
 def test_vmap_is_refused() -> None:
     with pytest.raises(RuntimeError, match="langevin_step_"):
         torch.vmap(lambda x: F.langevin_step_(x, x.clone(), step_size=0.1, seed=0))(torch.zeros(2, 3, 4))
+
+
+def test_the_short_way_is_seen_by_autograd_and_by_who_watches() -> None:
+    """The update goes past torch's dispatcher: but its writes are counted, and a mode or a lazy minus sees the op."""
+    x, grad = draw(3, 5)
+    weight, out = torch.ones(5, 1, requires_grad=True), torch.ones(3, 5)
+    for written in (x, out):
+        loss = (written @ weight).sum()
+        F.langevin_step_(x, grad, step_size=0.1, seed=0, lookahead=(0.1, out))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    before = x._version
+    with torch.inference_mode():
+        F.langevin_step_(x, grad, step_size=0.1, seed=0)
+        F.langevin_step_(x + 0, grad, step_size=0.1, seed=0)  # which has no version
+    assert x._version == before + 1
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    plain = F.langevin_step_(x.clone(), -grad, step_size=0.1, seed=0)
+    with Watching():
+        assert torch.equal(F.langevin_step_(x.clone(), -grad, step_size=0.1, seed=0), plain)
+    assert torch.ops.fastgen.langevin_step_.default in seen
+    assert torch.equal(F.langevin_step_(x.clone(), torch._neg_view(grad), step_size=0.1, seed=0), plain)
+
+
+def test_numbers_of_another_type_are_not_taken_for_known_ones() -> None:
+    x, grad = draw(3, 5)
+    known = F.langevin_step_(x.clone(), grad, step_size=1.0, noise_scale=1.0, prior_scale=1.0, seed=0)
+    assert torch.equal(F.langevin_step_(x.clone(), grad, step_size=1, noise_scale=1, prior_scale=1, seed=0), known)
+    for name in ("step_size", "noise_scale", "prior_scale"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a number, got bool True"):
+            F.langevin_step_(x, grad, **{"step_size": 1.0, "noise_scale": 1.0, "seed": 0, name: True})
+    F.langevin_step_(x.double(), grad.double(), step_size=1e39, seed=0)
+    with pytest.raises(ValueError, match="step_size: expected a number finite in float32"):
+        F.langevin_step_(x, grad, step_size=1e39, seed=0)
 
 
 def test_autocast_changes_nothing() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.ops import backend
 from fastgen.ops import langevin as ops
@@ -221,3 +222,48 @@ def test_writes_are_seen_by_autograd() -> None:
     with torch.inference_mode():
         inferred = torch.ones(3, 4)
     STEP(**arguments(inferred, torch.ones(3, 4)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_direct_call_does_what_the_op_does(kernel: str) -> None:
+    for shape, layout in (((5, 3, 4, 6), torch.channels_last), ((4, 7), torch.contiguous_format)):
+        grad, start = torch.randn(shape), torch.randn(shape).to(memory_format=layout)
+        made = []
+        for run in (ops.step_, ops.direct):
+            given = arguments(
+                start.clone(), grad, chain_id=torch.arange(shape[0]) + 3, step_sizes=torch.full((shape[0],), 0.25),
+                seed_tensor=torch.tensor(8), lookahead_out=torch.zeros(shape), lookahead=0.5,
+                stats=torch.zeros(shape[0], 3),
+            )  # fmt: skip
+            tensors = [v for v in given.values() if isinstance(v, Tensor)]
+            assert ops.runs_directly(*tensors)
+            before = [t._version for t in tensors]
+            with backend.force(kernel):
+                run(*given.values())
+            written = [after._version > version for after, version in zip(tensors, before, strict=True)]
+            made.append((given["x"], given["lookahead_out"], given["stats"], written))
+        assert made[0][3] == made[1][3] == [True, False, False, False, False, True, True]
+        for got, want in zip(made[0][:3], made[1][:3], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_does_not_run_directly() -> None:
+    class Another(torch.Tensor):
+        pass
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 3)
+    assert ops.runs_directly(x, None, torch.nn.Parameter(x), x[::2], torch.tensor(3))
+    others = {"a lazy minus": torch._neg_view(x), "no memory": x.to("meta"), "a subclass": x.as_subclass(Another)}
+    for what, other in others.items():
+        assert not ops.runs_directly(x, None, other), what
+    with Watching():
+        assert not ops.runs_directly(x)
+    seen = []
+    torch.vmap(lambda row: (seen.append(ops.runs_directly(x)), row)[1])(x)
+    torch.jit.trace(lambda row: (seen.append(ops.runs_directly(x)), row + 1)[1], x, check_trace=False)
+    assert seen == [False, False]
