@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,19 +11,13 @@ from torch import Tensor, nn
 
 from fastgen import check
 from fastgen.functional.langevin import langevin_step_
-from fastgen.functional.langevin_mala import langevin_accept_
+from fastgen.nn import langevin_graph
+from fastgen.nn.langevin_chains import Chains, Divergence
+from fastgen.nn.langevin_graph import Kept, Recorded
+from fastgen.nn.langevin_signature import signature, surroundings
 from fastgen.reference.langevin import STEPS
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], float]
-MIN_GRAPH_STEPS = 4  # below, a capture costs more than it saves
-
-
-class Divergence(NamedTuple):
-    """Where a chain first had an energy, a gradient or a state that was not finite."""
-
-    step: int
-    chain: int
-    energy: float
 
 
 class LangevinRun(NamedTuple):
@@ -55,10 +49,16 @@ class LangevinSampler(nn.Module):
         burn_in, thin: a trajectory keeps the state after each thin-th step that follows the first burn_in.
         on_divergence: "raise", or "reset": a chain whose energy, gradient or state is not finite goes on from its last
             finite state with the noise of the current step; it is counted, and a warning names the first.
-        cuda_graph: on CUDA, "auto" runs the first step as it is, captures the second and replays it, in every call anew
-            (so that no change of the energy goes unseen); an energy that cannot be captured falls back to the loop with
-            a warning. True raises instead; False is the plain loop. On the CPU "auto" is the plain loop. The numbers
-            are the same.
+        cuda_graph: on CUDA, "auto" runs the chain as CUDA graphs that later calls replay. A first call takes its first
+            step as it is and records the second, a second like it records up to 32 steps at once, a shorter chain
+            whole. Weights that change in place are read as they are. What else has changed has the chain recorded anew:
+            shapes, options, torch's switches; other modules, parameters or buffers; attributes and hooks of the
+            energy's modules; what a function closes over, and the globals that it names. Unseen is what belongs to
+            installed packages, what code finds by names that it makes up, and what the energy does in Python, a cache
+            of something made of its weights, say. An energy that refers to what cannot be looked into (a generator, an
+            array of NumPy's) is recorded in every call. Four graphs are kept, in a sixteenth of the device's memory at
+            most, and as long as the sampler. An energy that cannot be captured falls back to the loop with a warning.
+            True raises instead; False is the plain loop. On the CPU "auto" is the plain loop. The numbers are the same.
 
     Call:
         x: [C, ...] float64, float32, bfloat16 or float16, the start; not changed.
@@ -120,6 +120,7 @@ class LangevinSampler(nn.Module):
         self.on_divergence = check.choice("on_divergence", on_divergence, ("raise", "reset"))
         self.burn_in = check.integer("burn_in", burn_in, least=0, most=self.n_steps)
         self.thin = check.integer("thin", thin, least=1)
+        self._kept = Kept()
         if method == "mala" and clamp is not None:
             raise ValueError(f"clamp: expected None for method='mala', whose proposals are Gaussian, got {clamp!r}")
         # A bad option is refused here, not in the loop; tensors are checked against the x that comes.
@@ -167,31 +168,59 @@ class LangevinSampler(nn.Module):
             seed = int(torch.randint(2**63 - 1, ()))
         seed = check.integer("seed", seed, least=0, most=2**64 - 1)
         step = check.integer("step", step, least=0, most=STEPS - self.n_steps)
-        with torch.inference_mode(False), torch.no_grad(), _frozen(self.energy):
-            chains = _Chains(self, x, seed, step, None if chain_id is None else chain_id.clone())
+        schedule = self._schedule(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        record = langevin_graph.recorder(x.device)
+        recording = record is not None and self.cuda_graph is not False and self.n_steps > 0
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            recording = False
+        columns = _columns(schedule) if recording else []
+        key = self._key(x, chain_id, columns) if recording else None
+
+        def make() -> Recorded:
+            return Recorded(Chains(self, x, chain_id, late=record is not None), record, self.cuda_graph is True)
+
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            self._kept.lent(key, make) as recorded,
+            ExitStack() as stack,
+        ):
+            chains = recorded.chains
+            chains.begin(self, x, seed, step, chain_id, lambda: stack.enter_context(_frozen(self.energy)))
             shape = (len(x), (self.n_steps - self.burn_in) // self.thin, *x.shape[1:])
             trajectory = x.new_empty(shape) if return_trajectory else None
-            energies = []
-            for k in chains.steps():
-                if chains.started_from is not None:
-                    energies.append(chains.started_from.clone() if x.is_cuda else chains.started_from)
+            if recording:
+                chains.lay_out(columns)
+            for taken in recorded.steps(each=return_trajectory) if recording else chains.steps(schedule):
                 # A state that is to be reset is so only when the next step looks at it.
-                done, state = (k, chains.good_x) if chains.resets_late else (k + 1, chains.x)
+                done, state = (taken - 1, chains.good_x) if chains.resets_late else (taken, chains.x)
                 kept, rest = divmod(done - self.burn_in, self.thin)
                 if trajectory is not None and kept > 0 and rest == 0:
                     trajectory[:, kept - 1] = state
-            chains.finish()
             kept, rest = divmod(self.n_steps - self.burn_in, self.thin)
             if trajectory is not None and chains.resets_late and kept > 0 and rest == 0:
                 trajectory[:, kept - 1] = chains.x
-            energy = torch.stack(energies, dim=1) if energies else chains.energy.new_empty(len(x), 0)
-        rate = chains.accepted.double() / self.n_steps if mala else None
-        divergences = chains.divergences() if self.on_divergence == "reset" else []
+            # Copied before the wait in `finish`: then the place is another call's.
+            last, resets = (chains.x, chains.resets) if key is None else (chains.x.clone(), chains.resets.clone())
+            rate = chains.accepted.double() / self.n_steps if mala else None
+            divergences = chains.finish()
+            energy = chains.energy_found()
         if divergences:
             worst, more = divergences[0], f", and {len(divergences) - 1} more" if len(divergences) > 1 else ""
             text = f"was reset at step {worst.step} (energy {worst.energy})"
             warnings.warn(f"LangevinSampler: chain {worst.chain} {text}{more}", stacklevel=2)
-        return LangevinRun(chains.x, trajectory, energy, rate, chains.resets, divergences, step + self.n_steps)
+        return LangevinRun(last, trajectory, energy, rate, resets, divergences, step + self.n_steps)
+
+    def _key(self, x: Tensor, chain_id: Tensor | None, columns: list[Any]) -> Hashable | None:
+        """All that recorded chains depend on, but for what is copied to where they read it; None if that cannot be
+        told."""
+        around = surroundings(x.device)
+        options = (self.n_steps, self.method, self.on_divergence, self.prior_scale, self.grad_clip, self.clamp)
+        varying = ["varies" if isinstance(c, list) else c for c in columns]
+        chains = (x.device, x.shape, x.dtype, None if chain_id is None else (chain_id.device, chain_id.shape))
+        given = (chains, self.cuda_graph is True, varying, options, self.energy)
+        key = None if around is None else signature(x.device, *given)
+        return None if key is None else (around, key)
 
     def _schedule(self, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
         """(η, s) of each step: numbers, tensors for each chain, or None for s = √(2η)."""
@@ -244,207 +273,11 @@ class LangevinSampler(nn.Module):
         return energy.detach(), grad
 
 
-class _Chains:
-    """The state of one call. `advance` touches tensors on the device alone, in place, so that it can be captured."""
-
-    def __init__(self, sampler: LangevinSampler, x: Tensor, seed: int, first: int, chain_id: Tensor | None) -> None:
-        count = len(x)
-        self.sampler, self.first, self.chain_id, self.n_steps = sampler, first, chain_id, sampler.n_steps
-        self.x = x.detach().clone(memory_format=torch.contiguous_format)
-        self.mala, self.reset = sampler.method == "mala", sampler.on_divergence == "reset"
-        self.resets_late = self.reset and not self.mala
-        self.eager_check = x.device.type == "cpu" and not self.reset
-        self.seed: int | Tensor = seed
-        self.step: int | Tensor = first
-        if x.is_cuda:  # where a captured step finds them
-            signed = seed - 2**64 if seed >= 2**63 else seed
-            # Filled there: a copy from the host would wait for the device.
-            self.seed, self.step = (torch.full((), n, dtype=torch.int64, device=x.device) for n in (signed, first))
-        self.schedule = sampler._schedule(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        self.energy = x.new_zeros(count, dtype=torch.float64)
-        self.started_from: Tensor | None = None
-        self.start_finite = _finite(self.x)
-        if x.device.type == "cpu":
-            self.check_start()
-        self.accepted = torch.zeros(count, dtype=torch.int64, device=x.device)
-        self.resets = torch.zeros_like(self.accepted)
-        self.bad_step = torch.full_like(self.accepted, -1)
-        self.bad_energy = torch.zeros(count, dtype=torch.float64, device=x.device)
-        if self.mala:
-            energy, grad = sampler._gradient(self.x)
-            # A copy: the gradient may be a buffer of the energy's, and steps write here.
-            self.grad = grad.clone(memory_format=torch.contiguous_format)
-            self.proposal = torch.empty_like(self.x)
-            ok = energy.isfinite() & _finite(grad)
-            self.energy = torch.where(ok, energy, math.nan)  # a start without a meaning is never left
-            self.record(ok, energy, start=True)
-        elif self.resets_late:
-            self.good_x, self.good_grad = self.x.clone(), torch.zeros_like(self.x)
-
-    def steps(self) -> Iterator[int]:
-        """Runs a step for each number it yields."""
-        graph, wanted = None, self.sampler.cuda_graph
-        use_graph = wanted is True or (wanted == "auto" and self.n_steps >= MIN_GRAPH_STEPS)
-        use_graph &= self.x.is_cuda and not torch.cuda.is_current_stream_capturing()
-        for k in range(self.n_steps):
-            if graph is not None:
-                self.load(k)
-                graph.replay()
-            elif not use_graph:
-                self.advance(*self.schedule[k])
-            elif k == 0:  # the warm-up that a capture needs is the first step itself
-                self.tables()
-                side = torch.cuda.Stream(self.x.device)
-                side.wait_stream(torch.cuda.current_stream(self.x.device))
-                with torch.cuda.stream(side):
-                    self.load(k)
-                    self.advance(self.h, self.s)
-                torch.cuda.current_stream(self.x.device).wait_stream(side)
-            else:
-                self.load(k)
-                graph = self.capture()
-                if graph is not None:
-                    graph.replay()
-                else:
-                    use_graph = False
-                    self.advance(*self.schedule[k])
-            yield k
-
-    def tables(self) -> None:
-        """The schedule on the device: a captured step reads η and s from tensors that `load` fills."""
-        compute = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-        given = self.schedule
-        numbers = [(h, math.sqrt(2.0 * h) if s is None and not isinstance(h, Tensor) else s) for h, s in given]
-        self.table: list[Tensor | None] = []
-        for column in zip(*numbers, strict=True):
-            varies = not isinstance(column[0], Tensor) and len(set(column)) > 1
-            pinned = torch.tensor(column, dtype=compute).pin_memory() if varies else None
-            self.table.append(None if pinned is None else pinned.to(self.x.device, non_blocking=True))
-        self.h, self.s = (
-            column[0] if table is None else table.new_empty(len(self.x))
-            for column, table in zip(zip(*numbers, strict=True), self.table, strict=True)
-        )
-
-    def load(self, k: int) -> None:
-        for table, value in zip(self.table, (self.h, self.s), strict=True):
-            if table is not None:
-                value.copy_(table[k].expand_as(value))
-
-    def capture(self) -> "torch.cuda.CUDAGraph | None":
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.advance(self.h, self.s)
-        except RuntimeError as error:
-            if self.sampler.cuda_graph is True:
-                raise
-            what = str(error).splitlines()[0]
-            warnings.warn(f"LangevinSampler: the energy cannot be captured, the plain loop runs: {what}", stacklevel=4)
-            return None
-        return graph
-
-    def advance(self, h: Any, s: Any) -> None:
-        sampler = self.sampler
-        key: dict[str, Any] = {"seed": self.seed, "step": self.step, "chain_id": self.chain_id}
-        if self.mala:
-            self.keep(self.energy)
-            self.proposal.copy_(self.x)
-            sampler._step(self.proposal, self.grad, h, s, **key)
-            energy, grad = sampler._gradient(self.proposal)
-            log_alpha, accepted = langevin_accept_(
-                self.x, self.grad, self.energy, self.proposal, grad.contiguous(), energy, step_size=h, noise_scale=s,
-                prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip, **key,
-            )  # fmt: skip
-            self.accepted.add_(accepted)
-            self.record(~log_alpha.isnan(), energy)
-        else:
-            energy, grad = sampler._gradient(self.x)
-            if self.reset:
-                ok = energy.isfinite() & _finite(grad) & _finite(self.x)
-                self.record(ok, energy)  # before the state moves, which the energy may be a view of
-                grad = self.put_back(ok, grad, energy)
-                energy = self.energy.to(energy.dtype)
-            elif not (self.eager_check and math.isfinite(energy.sum())):  # a finite sum clears them all
-                self.record(energy.isfinite(), energy)
-            self.keep(energy)
-            sampler._step(self.x, grad, h, s, **key)
-        self.step += 1  # in place where it is a tensor
-
-    def keep(self, energy: Tensor) -> None:
-        """On CUDA in place from the second step on: a captured step must write where the first one did."""
-        if self.started_from is not None and energy.is_cuda:
-            self.started_from.copy_(energy)
-        else:
-            self.started_from = energy.clone()  # it may be a view of the state that the step moves
-
-    def put_back(self, ok: Tensor, grad: Tensor, energy: Tensor) -> Tensor:
-        rows = ok.view([-1] + [1] * (self.x.ndim - 1))
-        self.x.copy_(torch.where(rows, self.x, self.good_x))
-        self.good_x.copy_(self.x)
-        self.good_grad.copy_(torch.where(rows, grad, self.good_grad))
-        self.energy.copy_(torch.where(ok, energy.double(), self.energy))
-        return self.good_grad
-
-    def record(self, ok: Tensor, energy: Tensor, start: bool = False) -> None:
-        if self.eager_check and bool(ok.all()):
-            return
-        first = ~ok & (self.bad_step < 0)
-        self.bad_step.copy_(torch.where(first, self.step, self.bad_step))
-        self.bad_energy.copy_(torch.where(first, energy.double(), self.bad_energy))
-        if not start:
-            self.resets.add_(~ok)
-        if self.eager_check:
-            self.check()
-
-    def finish(self) -> None:
-        """Looks at the last state, and reads what was recorded on a GPU."""
-        if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        self.check_start()
-        finite = _finite(self.x)
-        if self.resets_late and self.n_steps > 0:
-            rows = finite.view([-1] + [1] * (self.x.ndim - 1))
-            self.x.copy_(torch.where(rows, self.x, self.good_x))
-            self.record(finite, self.energy)
-            finite = _finite(self.x)
-        # A chain that starts without a finite energy has nothing to go back to.
-        lost = self.bad_step == self.first
-        if self.mala:
-            lost = lost & self.energy.isnan()
-        if not self.reset or bool(lost.any()):
-            self.check()
-        if not bool(finite.all()):
-            last = self.first + self.n_steps
-            raise FloatingPointError(
-                f"LangevinSampler: the state after the last step, {last}, is not finite in chain {_named(~finite)}"
-            )
-
-    def check_start(self) -> None:
-        if not bool(self.start_finite.all()):
-            raise FloatingPointError(
-                f"LangevinSampler: x, the state before step {self.first}, is not finite in chain "
-                f"{_named(~self.start_finite)}"
-            )
-
-    def check(self) -> None:
-        if not bool((self.bad_step >= 0).any()):
-            return
-        first = int(self.bad_step[self.bad_step >= 0].min())
-        bad = self.bad_step == first
-        raise FloatingPointError(
-            f"LangevinSampler: the energy at step {first} is not finite in chain {_named(bad)}: "
-            f"{float(self.bad_energy[bad][0])}"
-        )
-
-    def divergences(self) -> list[Divergence]:
-        chains = (self.bad_step >= 0).nonzero().flatten().tolist()
-        found = [Divergence(int(self.bad_step[c]), c, float(self.bad_energy[c])) for c in chains]
-        return sorted(found)
-
-
-def _named(bad: Tensor) -> str:
-    chains = bad.nonzero().flatten().tolist()
-    return f"{chains[0]}" + (f" and {len(chains) - 1} more" if len(chains) > 1 else "")
+def _columns(schedule: list[tuple[Any, Any]]) -> list[Any]:
+    """η and s of all steps: a number or a tensor for all, or a list of numbers."""
+    numbers = [(h, math.sqrt(2.0 * h) if s is None and not isinstance(h, Tensor) else s) for h, s in schedule]
+    columns = [list(column) for column in zip(*numbers, strict=True)]
+    return [c if not isinstance(c[0], Tensor) and len(set(c)) > 1 else c[0] for c in columns]
 
 
 def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
@@ -460,10 +293,6 @@ def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
             chain = int((~good).flatten().nonzero()[0, 0])
             got = f"{float(value.flatten()[chain])}" + (f" for chain {chain}" if value.ndim else "")
             raise ValueError(f"{name}: expected finite numbers {'> 0' if positive else '>= 0'}, got {got}")
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(dim=1)
 
 
 @contextmanager
