@@ -169,11 +169,14 @@ def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, 
         default = {k: v for k, v in launch.lpips_blocks(channels).items() if k != "BLOCK_C"}
         spec, work = f"grad fp32 C={channels} planes", f"perceptual layer {channels}"
         found[f"lpips C={channels}"] = ("lpips", f"C={channels}", pixels, default, "perceptual", spec, work)
+    tiles = [{"BLOCK_N": n, **loop} for n in (128, 256) for loop in loops if loop["num_warps"] * 64 >= 2 * n]
+    tiles = [tile for tile in tiles if tile["num_stages"] > 1]
+    of = nearest_launch.chip(torch.cuda.current_device() if torch.cuda.is_available() else -1)
     for width, d in ((64, 64), (128, 128), (0, 784)):
-        default = nearest_launch.filter_options(width)
+        default = nearest_launch.filter_options(width, of)
         spec, work = f"filter {width or 'wide'}", f"nearest filter {d}"
         key = f"RESIDENT={width}"
-        found[f"nearest_filter {key}"] = ("nearest_filter", key, loops, default, "nearest", spec, work)
+        found[f"nearest_filter {key}"] = ("nearest_filter", key, tiles, default, "nearest", spec, work)
     return found
 
 

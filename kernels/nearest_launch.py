@@ -1,25 +1,28 @@
 """How the nearest-neighbour kernels are launched, and the bound that their answer is proved by."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from fastgen.kernels import tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
-BLOCK_M = BLOCK_N = 128
+BLOCK_M = 128
+TILE = 128  # rows whose scores are looked at together: four groups of 32 (kernels/nearest.py)
 BLOCK_K = 64
-KEEP = 4  # tiles of rows that a query keeps of each split (kernels/nearest.py spells them out)
+BLOCK = 32  # rows that are packed together
+SLABS = 64  # parts of the points that are looked through beside each other for their centre
+KEPT = 16  # groups of a query in each part of the database: four of each class
 WIDEST = 8192  # columns: the float64 sums then err by less than the bound allows for
-STAGES, STAGES_HIP = 3, 2  # of the filter's loop: AMD's CDNA 3 has 64 KiB of shared memory
-PROGRAMS = 256  # fill the machine: few queries split the database
+PAIRS = 8  # distances of a program
+APART: dict[str, Any] = {"enable_fp_fusion": False}  # products and sums round apart: the order is the definition
 
 
 class Found(NamedTuple):
     index: Tensor  # [N] int64
     distance: Tensor  # [N] float32
-    open: Tensor  # [N] bool: the bound does not prove this one
-    status: Tensor  # [3] int64: queries and rows that are not finite, open queries
+    open: Tensor  # [N] bool: the bound does not prove this one, or something is not finite
 
 
 def fits(points: Tensor, mask: Tensor | None) -> bool:
@@ -31,53 +34,57 @@ def resident(blocks: int) -> int:
     return blocks * BLOCK_K if blocks in (1, 2) else 0
 
 
-def filter_options(width: int) -> dict[str, int]:
-    """num_warps and num_stages of `_nearest_filter_kernel` for queries that are `width` columns resident."""
+class Chip(NamedTuple):
+    """What of a GPU decides how the filter is launched."""
+
+    multiprocessors: int
+    shared: int  # bytes that a program may have
+    hip: bool
+
+
+H100 = Chip(132, 227 * 1024, hip=False)
+A100 = Chip(108, 163 * 1024, hip=False)
+MI300 = Chip(304, 64 * 1024, hip=True)
+
+
+@functools.cache
+def chip(device: int) -> Chip:
+    """Of the CPU, where kernels are interpreted, an H100's."""
+    if device < 0:
+        return H100
+    about = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    shared = getattr(about, "shared_memory_per_block_optin", MI300.shared if hip else A100.shared)
+    return Chip(about.multi_processor_count, shared, hip)
+
+
+def filter_options(width: int, of: Chip = H100) -> dict[str, int]:
+    """BLOCK_N, num_warps and num_stages of `_nearest_filter_kernel` for queries that are `width` columns resident.
+
+    Where queries are read again, L2 is what limits: each SM of an H100 gets some 39 bytes a clock, tiles of 128 x 128
+    want 64 of them for 2048 products, tiles of 128 x 256 only 48. Where they stay, two programs share a multiprocessor
+    and one multiplies while the other looks at its scores: 128 columns in two stages are 96 KiB."""
     if (found := tuned.find("nearest_filter", f"RESIDENT={width}")) is not None:
         return found
-    return {"num_warps": 8, "num_stages": STAGES if torch.version.hip is None else STAGES_HIP}
+    if of.hip:
+        return {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    if width == 0 and of.shared >= 200 * 1024:
+        return {"BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2 if width == 128 else 3}
 
 
-def splits(n: int, m: int) -> tuple[int, int]:
-    """How many parts of the database are searched beside each other, and tiles in each."""
-    tiles = -(-m // BLOCK_N)
-    wanted = max(1, min(PROGRAMS // -(-n // BLOCK_M), tiles // (2 * KEEP), 64))
-    each = -(-tiles // wanted)
+def splits(n: int, tiles: int, programs: int) -> tuple[int, int]:
+    """How many parts of the database are searched beside each other, and tiles in each; `programs` run at a time.
+
+    Of the numbers of parts the one whose last wave ends first; a part begins with what takes some two tiles."""
+    of_queries = -(-n // BLOCK_M)
+
+    def ends(parts: int) -> tuple[int, int]:
+        return -(-of_queries * parts // programs) * (-(-tiles // parts) + 2), parts
+
+    parts = min(range(1, max(1, min(tiles // 8, 8 * programs // of_queries, 128)) + 1), key=ends)
+    each = -(-tiles // parts)
     return -(-tiles // each), each
-
-
-def _pack(points: Tensor, centre: Tensor, scale: Tensor, allowed: Tensor | None, block: int) -> tuple[Tensor, ...]:
-    """float16 [padded, blocks · BLOCK_K], and float64 squares of rows and of their losses [padded], all scaled."""
-    from fastgen.kernels import nearest as kernels
-
-    rows, d = points.shape
-    padded, blocks = -(-rows // block) * block, -(-d // BLOCK_K)
-    packed = points.new_empty(padded, blocks * BLOCK_K, dtype=torch.float16)
-    norm, loss = (points.new_empty(padded, dtype=torch.float64) for _ in range(2))
-    kernels._nearest_pack_kernel[(padded // 32,)](
-        points,
-        centre,
-        scale,
-        points if allowed is None else allowed.view(torch.int8),
-        packed,
-        norm,
-        loss,
-        rows,
-        d,
-        blocks,
-        MASKED=allowed is not None,
-        BLOCK=32,
-        BLOCK_K=BLOCK_K,
-        num_warps=4,
-    )
-    return packed, norm, loss
-
-
-def _scale(points: Tensor, centre: Tensor) -> Tensor:
-    """The power of two that takes the largest centred coordinate to between 8 and 16."""
-    least, most = points.amin(0).double(), points.amax(0).double()
-    extent = torch.maximum((most - centre).abs().amax(), (least - centre).abs().amax()).clamp_min(1e-30)
-    return torch.exp2(torch.floor(torch.log2(16 / extent)))
 
 
 def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
@@ -92,103 +99,135 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     from fastgen.kernels import nearest as kernels
 
     query, database = query.contiguous(), database.contiguous()
+    allowed = database if mask is None else mask.contiguous().view(torch.int8)
     n, m, d = *query.shape[:1], *database.shape
-    shown = database if mask is None else torch.where(mask[:, None], database, 0)  # hidden rows may be NaN
-    centre = shown.mean(0, dtype=torch.float64)
-    s, t = _scale(query, centre), _scale(shown, centre)
-    s, t = torch.minimum(s, t * 2.0**20), torch.minimum(t, s * 2.0**20)
-    del shown
-    q, query_norm, query_loss = _pack(query, centre, s, None, BLOCK_M)
-    b, norm, loss = _pack(database, centre, t, None if mask is None else mask.contiguous(), BLOCK_N)
-    half = (norm * (s / (2 * t))).float()
-    half[m:] = torch.inf
-    if mask is not None:
-        half[:m].masked_fill_(~mask, torch.inf)
+    blocks = -(-d // BLOCK_K)
+    of = chip(query.get_device())
+    options = filter_options(resident(blocks), of)
+    block_n = options["BLOCK_N"]
+    padded_n, tiles = -(-n // BLOCK_M) * BLOCK_M, -(-m // block_n)
+    parts, each = splits(n, tiles, programs(resident(blocks), of))
+    query_programs, row_programs = padded_n // BLOCK, tiles * block_n // BLOCK
 
-    length, lost = query_norm.sqrt(), query_loss.sqrt()
-    radius, most_lost = norm.amax().sqrt(), loss.amax().sqrt()
-    error = lost * radius + (length + lost) * most_lost
-    error += (2 * q.shape[1] + 8) * 2.0**-23 * (length + lost) * (radius + most_lost)
-    error += (2.0**-22 * (length / s + radius / t).square() + 2.0**-140) * (s * t)
-    error *= 1 + 2.0**-20
-
-    parts, each = splits(n, m)
-    padded_n, tiles, blocks = len(q), len(b) // BLOCK_N, q.shape[1] // BLOCK_K
-    value = query.new_empty(parts * KEEP, padded_n, dtype=torch.float32)
-    tile = query.new_empty(parts * KEEP, padded_n, dtype=torch.int32)
-    dropped = query.new_empty(parts, padded_n, dtype=torch.float32)
-    kernels._nearest_filter_kernel[(padded_n // BLOCK_M, parts)](
-        q,
-        b,
-        half,
-        value,
-        tile,
-        dropped,
-        tiles,
-        each,
-        padded_n,
-        blocks,
-        RESIDENT=resident(blocks),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        **filter_options(resident(blocks)),
-    )
+    wide = functools.partial(query.new_empty, dtype=torch.float64)
+    partial, centre, extent, scale = wide(8, SLABS, d), wide(d), wide(2, WIDEST // BLOCK_K), wide(3)
+    length, lost, norm, most = wide(padded_n), wide(padded_n), wide(padded_n), wide(2, row_programs)
+    q, b = (query.new_empty(rows, blocks * BLOCK_K, dtype=torch.float16) for rows in (padded_n, tiles * block_n))
+    half = query.new_empty(tiles * block_n, dtype=torch.float32)
+    value = query.new_empty(padded_n, parts, KEPT, dtype=torch.float32)
+    tile = query.new_empty(padded_n, parts, KEPT, dtype=torch.int32)
+    dropped = query.new_empty(padded_n, parts, dtype=torch.float32)
     index = query.new_empty(n, dtype=torch.int64)
     distance = query.new_empty(n, dtype=torch.float32)
     doubtful = query.new_empty(n, dtype=torch.bool)
-    kernels._nearest_rank_kernel[(n,)](
-        query,
-        database,
-        half,
-        value,
-        tile,
-        dropped.amin(0),
-        error,
-        query_norm / s.square(),
-        s * t / 2,
-        index,
-        distance,
-        doubtful,
-        d,
-        parts * KEEP,
-        padded_n,
-        BLOCK_N=BLOCK_N,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    status = torch.stack([(~query_norm[:n].isfinite()).sum(), (~norm[:m].isfinite()).sum(), doubtful.sum()])
-    return Found(index, distance, doubtful, status)
+
+    masked = {"MASKED": mask is not None}
+    columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
+    with torch.cuda.device_of(query):
+        kernels._nearest_extent_kernel[(blocks, SLABS, 2)](
+            query, database, allowed, partial, n, m, d, **masked, SLABS=SLABS, BLOCK=BLOCK, BLOCK_K=BLOCK_K
+        )
+        kernels._nearest_centre_kernel[(blocks,)](partial, centre, extent, d, SLABS=SLABS, **columns)
+        kernels._nearest_pack_kernel[(query_programs + row_programs,)](
+            *(query, database, allowed, centre, extent, q, b, length, lost, norm, half, most, scale),
+            *(n, m, d, blocks, query_programs, row_programs),
+            **masked,
+            BLOCK=BLOCK,
+            **columns,
+        )
+        kernels._nearest_filter_kernel[(padded_n // BLOCK_M, parts)](
+            *(q, b, half, value, tile, dropped, tiles, each, parts, blocks),
+            RESIDENT=resident(blocks),
+            BLOCK_M=BLOCK_M,
+            BLOCK_K=BLOCK_K,
+            **options,
+        )
+        kernels._nearest_rank_kernel[(n,)](
+            *(query, database, half, value, tile, dropped, length, lost, norm, most.amax(1), scale),
+            *(index, distance, doubtful, d, blocks, parts),
+            BLOCK_K=BLOCK_K,
+            **rank_options(n, of),
+        )
+    return Found(index, distance, doubtful)
+
+
+def programs(width: int, of: Chip) -> int:
+    """How many of the filter run at a time."""
+    return of.multiprocessors * (2 if width else 1)
+
+
+def rank_options(n: int, of: Chip) -> dict[str, Any]:
+    """Few queries wait for their rows, many for memory's throughput. Left to itself ptxas spills for more programs."""
+    options = {"num_warps": 4 if n <= 32 * of.multiprocessors else 1, **APART}
+    return options if of.hip else {**options, "maxnreg": 128}
+
+
+def distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
+    """float32 distances [N, k] of each query to the rows `index` [N, k], all dtypes."""
+    from fastgen.kernels import nearest as kernels
+
+    query, database, index = query.contiguous(), database.contiguous(), index.contiguous()
+    out = query.new_empty(index.shape, dtype=torch.float32)
+    pairs = index.numel()
+    if pairs:
+        with torch.cuda.device_of(query):
+            kernels._nearest_distance_kernel[(-(-pairs // PAIRS),)](
+                *(query, database, index, out, pairs, index.shape[1], query.shape[1]),
+                BLOCK=PAIRS,
+                num_warps=1,
+                **APART,
+            )
+    return out
 
 
 def specs() -> list[Spec]:
     """What the tests compile ahead of time."""
     from fastgen.kernels import nearest as kernels
 
-    integers = dict.fromkeys(("rows", "d", "blocks", "tiles", "tiles_each", "padded_n", "candidates"), "i32")
+    integers = ("queries", "rows", "d", "blocks", "query_programs", "row_programs", "tiles", "tiles_each", "parts")
     types = {
-        **integers,
-        **dict.fromkeys(("q_ptr", "b_ptr", "packed_ptr"), "*fp16"),
+        **dict.fromkeys((*integers, "pairs", "k"), "i32"),
+        **dict.fromkeys(("q_ptr", "b_ptr", "packed_query_ptr", "packed_ptr"), "*fp16"),
         **dict.fromkeys(("half_ptr", "value_ptr", "dropped_ptr", "distance_ptr"), "*fp32"),
-        **dict.fromkeys(("centre_ptr", "scale_ptr", "norm_ptr", "loss_ptr", "error_ptr", "unit_ptr"), "*fp64"),
+        **dict.fromkeys(("partial_ptr", "centre_ptr", "extent_ptr", "scale_ptr", "norm_ptr"), "*fp64"),
+        **dict.fromkeys(("length_ptr", "lost_ptr", "most_ptr"), "*fp64"),
         **dict.fromkeys(("allowed_ptr", "open_ptr"), "*i8"),
         "tile_ptr": "*i32",
         "index_ptr": "*i64",
     }
+    columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
     listed = []
-    pack, filtering, rank = (kernels._nearest_pack_kernel, kernels._nearest_filter_kernel, kernels._nearest_rank_kernel)
-    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
-    for width in (128, 0, 64):
-        constants = {**blocks, "RESIDENT": width}
-        launch = {**filter_options(width), "hip": {"num_stages": STAGES_HIP}}
-        listed.append(_spec(f"filter {width or 'wide'}", filtering, types, constants, **launch))
-    for dtype in ("fp32", "bf16", "fp16"):
-        points = {**types, **dict.fromkeys(("x_ptr", "query_ptr", "database_ptr"), f"*{dtype}")}
-        options = {"enable_fp_fusion": False}
-        listed.append(_spec(f"rank {dtype}", rank, points, {"BLOCK_N": BLOCK_N}, options=options))
-        for masked in (False, True):
-            constants = {"MASKED": masked, "BLOCK": 32, "BLOCK_K": BLOCK_K}
-            listed.append(_spec(f"pack {dtype}{' masked' * masked}", pack, points, constants))
+    # Where a program has less shared memory, wide points come in smaller tiles.
+    for name, width, of, never in (
+        ("filter 128", 128, H100, ()),
+        ("filter wide", 0, H100, ("sm_80", "gfx942")),
+        ("filter wide sm_80", 0, A100, ("sm_90", "sm_100")),
+        ("filter 64", 64, H100, ()),
+    ):
+        options = dict(filter_options(width, of))
+        constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": options.pop("BLOCK_N"), "BLOCK_K": BLOCK_K, "RESIDENT": width}
+        launch = {**options, "hip": {"num_stages": 2}, "never": never}
+        listed.append(_spec(name, kernels._nearest_filter_kernel, types, constants, **launch))
+    columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
+    for dtype in ("fp32", "bf16", "fp16", "fp64"):
+        points = {**types, **dict.fromkeys(("query_ptr", "database_ptr"), f"*{dtype}")}
+        for divisible, warps in ((("d",), 1), ((), 1), (("d",), 4), ((), 4)):
+            name = f"{dtype}{' of sixteens' * len(divisible)}"
+            launch = {"divisible": divisible, "options": APART}
+            if warps == 1:
+                kernel = kernels._nearest_distance_kernel
+                listed.append(_spec(f"distance {name}", kernel, points, {"BLOCK": PAIRS}, num_warps=1, **launch))
+            if dtype != "fp64":
+                kernel, constants = kernels._nearest_rank_kernel, {"BLOCK_K": BLOCK_K}
+                launch["options"] = {**APART, "maxnreg": 128}
+                listed.append(_spec(f"rank {name} {warps}", kernel, points, constants, num_warps=warps, **launch))
+        for masked in (False, True) if dtype != "fp64" else ():
+            name = f"{dtype}{' masked' * masked}"
+            constants = {"MASKED": masked, "BLOCK": BLOCK, **columns}
+            listed.append(_spec(f"pack {name}", kernels._nearest_pack_kernel, points, constants))
+            constants = {"MASKED": masked, "BLOCK": BLOCK, "SLABS": SLABS, "BLOCK_K": BLOCK_K}
+            listed.append(_spec(f"extent {name}", kernels._nearest_extent_kernel, points, constants))
+    listed.append(_spec("centre", kernels._nearest_centre_kernel, types, {**columns, "SLABS": SLABS}))
     return listed
 
 

@@ -32,9 +32,12 @@ def has_triton() -> bool:
 
 def choose(family: str, device: torch.device | str) -> str:
     """'cpp', 'triton' or 'reference' for a device or its type; a reference run for want of a build warns once."""
-    if _forced is not None:
-        return _forced
-    return _chosen(family, device if isinstance(device, str) else device.type)
+    device_type = device if isinstance(device, str) else device.type
+    if _forced is None:
+        return _chosen(family, device_type)
+    if _forced == "cpp" and device_type != "cpu":  # it would follow the address
+        raise ValueError(f"{family}: expected tensors on the CPU, where backend.force('cpp') runs, got {device_type}")
+    return _forced
 
 
 @functools.cache

@@ -35,7 +35,16 @@ def search(
 
         if nearest_launch.fits(query, mask):
             return search_triton(query, database, mask)
-    return reference.search(query, database, mask, k, exclude_radius, precision)
+    return reference.search(query, database, mask, k, exclude_radius, precision, _measure(chosen))
+
+
+def _measure(chosen: str) -> reference.Measure:
+    """`nearest_distance` of the kernels that run."""
+    if chosen != "triton":
+        return reference.nearest_distance
+    from fastgen.kernels import nearest_launch
+
+    return nearest_launch.distance
 
 
 def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> Tensor:
@@ -45,15 +54,11 @@ def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> Tenso
     if mask is not None:
         reference.refuse_small_mask(mask, 1)
     found = nearest_launch.search(query, database, mask)
-    bad_queries, bad_rows, doubtful = found.status.tolist()  # the one wait for the device
-    if bad_queries or bad_rows:
+    index, rows = found.index, found.open.nonzero()[:, 0]  # the one wait for the device
+    if len(rows):  # of points that are not finite, or too far apart for float32, nothing is proved
         reference.refuse_non_finite("query", query, None)
-        reference.refuse_non_finite("database", database, reference.allowed_rows(mask, len(database), 1))
-    index = found.index
-    if doubtful:
-        rows = found.open.nonzero()[:, 0]
-        index[rows] = reference.search(query[rows], database, mask, 1, None, "certified")[:, 0]
-    reference.refuse_overflow(found.distance.masked_fill(found.open, 0))
+        again = reference.search(query[rows], database, mask, 1, None, "certified", nearest_launch.distance)
+        index[rows] = again[:, 0]
     return index[:, None]
 
 
@@ -127,10 +132,11 @@ def _nearest(
     return index
 
 
-def _nearest_distance_cpu(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
+def _nearest_distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
     module = backend.extension()
-    if backend.choose("nearest", query.device) != "cpp" or module is None:
-        return reference.nearest_distance(query, database, index)
+    chosen = backend.choose("nearest", query.device)
+    if chosen != "cpp" or module is None:
+        return _measure(chosen)(query, database, index)
     distance = torch.empty(index.shape)
     wide_query, wide_database, index = _wide(query), _wide(database), index.contiguous()
     module.nearest_distance(
@@ -154,8 +160,8 @@ def _wide(points: Tensor) -> Tensor:
 
 torch.library.impl("fastgen::nearest", "CPU", _nearest)
 torch.library.impl("fastgen::nearest", "CUDA", _nearest)
-torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance_cpu)
-torch.library.impl("fastgen::nearest_distance", "CUDA", reference.nearest_distance)
+torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance)
+torch.library.impl("fastgen::nearest_distance", "CUDA", _nearest_distance)
 
 
 def _vmap(*_: object) -> NoReturn:

@@ -5,12 +5,14 @@ halved; products and sums are rounded apart. The order is part of the definition
 whatever the block, the device or the kernel. The answer is the k smallest (distance, index).
 """
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 ELEMENTS = 1 << 22  # of a float64 block: 32 MiB
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # `nearest_distance`, or a kernel for it
 
 
 def direct(query: Tensor, database: Tensor) -> Tensor:
@@ -62,17 +64,23 @@ def exhaustive(query: Tensor, database: Tensor, allowed: Tensor | None, k: int) 
 
 
 def search(
-    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+    query: Tensor,
+    database: Tensor,
+    mask: Tensor | None,
+    k: int,
+    exclude_radius: float | None,
+    precision: str,
+    measure: Measure = nearest_distance,
 ) -> Tensor:
     """Index [N, k] of the answer; with a radius −1 where fewer than k rows are left."""
     rows = allowed_rows(mask, len(database), k)
     refuse_non_finite("query", query, None)
     refuse_non_finite("database", database, rows)
     if exclude_radius is not None:
-        mask = ~rejected(query, database, mask, exclude_radius) & (True if mask is None else mask)
-        return remaining(query, database, mask, k, precision)
+        mask = ~rejected(query, database, mask, exclude_radius, measure) & (True if mask is None else mask)
+        return remaining(query, database, mask, k, precision, measure)
     if precision == "certified":
-        distance, index = certified(query, database, mask, k)
+        distance, index = certified(query, database, mask, k, measure)
     else:
         # What is not finite is masked: it must not meet the sums.
         hidden = database if rows is None else database.masked_fill(~_among(rows, len(database))[:, None], 0)
@@ -81,21 +89,26 @@ def search(
     return index
 
 
-def remaining(query: Tensor, database: Tensor, mask: Tensor, k: int, precision: str) -> Tensor:
+def remaining(
+    query: Tensor, database: Tensor, mask: Tensor, k: int, precision: str, measure: Measure = nearest_distance
+) -> Tensor:
     """Index [N, k] among the rows that `mask` [M] or [N, M] leaves; −1 for queries that it leaves fewer than k."""
     enough = (mask.sum(-1) >= k).expand(len(query))
     index = torch.full((len(query), k), -1, device=query.device)
     if enough.any():
-        index[enough] = search(query[enough], database, mask if mask.ndim == 1 else mask[enough], k, None, precision)
+        left = mask if mask.ndim == 1 else mask[enough]
+        index[enough] = search(query[enough], database, left, k, None, precision, measure)
     return index
 
 
-def rejected(query: Tensor, database: Tensor, mask: Tensor | None, radius: float) -> Tensor:
+def rejected(
+    query: Tensor, database: Tensor, mask: Tensor | None, radius: float, measure: Measure = nearest_distance
+) -> Tensor:
     """[M] bool: rows with a distance below radius² to some query that may choose them."""
     rows = allowed_rows(mask, len(database), 1)
     points = database if rows is None else database[rows]
     askers = None if mask is None or mask.ndim == 1 else (mask if rows is None else mask[:, rows]).T
-    near = certified(points, query, askers, 1)[0][:, 0].double() < radius * radius
+    near = certified(points, query, askers, 1, measure)[0][:, 0].double() < radius * radius
     return near if rows is None else _among(rows[near], len(database))
 
 
@@ -104,7 +117,9 @@ def _among(rows: Tensor, m: int) -> Tensor:
     return torch.zeros(m, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
 
 
-def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def certified(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, measure: Measure = nearest_distance
+) -> tuple[Tensor, Tensor]:
     """The same answer from float64 matrix products: candidates, their direct distances, and a proof or a second look.
 
     With c the mean and q' = q − c, b' = b − c, D = ‖q'‖² + 2 (‖b'‖²/2 − q'·b'). A dot product of length D in any order
@@ -143,7 +158,7 @@ def certified(query: Tensor, database: Tensor, mask: Tensor | None, k: int) -> t
             score, chosen = torch.cat([score, fresh], 1).topk(min(keep, left + fresh.shape[1]), dim=1, largest=False)
             ids = torch.cat([ids, new_ids], 1).gather(1, chosen)
         ids, order = ids.sort(dim=1)
-        exact = nearest_distance(query[here], points, ids)
+        exact = measure(query[here], points, ids)
         exact = exact.masked_fill(score.gather(1, order).isposinf(), torch.inf)  # masked rows that filled up the list
         exact, order = exact.sort(dim=1, stable=True)
         distance[here], index[here] = exact[:, :k], ids.gather(1, order)[:, :k]

@@ -10,9 +10,10 @@ from fastgen.ops import backend
 
 @pytest.fixture(params=["cpp", "reference"], autouse=True)
 def kernel(request):
-    """Every meaning is asked of the C++ kernel and of the torch fallback."""
-    with backend.force(request.param):
-        yield request.param
+    """Every meaning is asked of the C++ kernel (on a GPU of the Triton kernels) and of the torch fallback."""
+    chosen = "triton" if request.param == "cpp" and request.node.get_closest_marker("gpu") else request.param
+    with backend.force(chosen):
+        yield chosen
 
 
 def gaussian(n, m, d):

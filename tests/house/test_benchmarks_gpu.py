@@ -219,7 +219,7 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
     try:
         on_device(tuned, monkeypatch, "A GPU")
         assert [launch.lpips_blocks(c)["BLOCK_P"] for c in (64, 100, 512)] == [32, 16, 4]
-        assert nearest_launch.filter_options(0) == {"num_warps": 4, "num_stages": 2}
+        assert nearest_launch.filter_options(0) == {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
         assert mmd_launch.blocks("slope", 512)["num_warps"] == 4
         # Kernels and precisions that need more than what was timed keep their own.
         assert mmd_launch.blocks("grad", 64, "energy", "bf16x6")["num_warps"] == 8

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastgen import check
+from fastgen.ops import backend
 
 
 def test_tensor() -> None:
@@ -50,3 +51,11 @@ def test_choice_and_not_built() -> None:
         check.choice("kernel", "x", ("imq", "rbf"))
     with pytest.raises(NotImplementedError, match="group='g' is not built yet; what works: None"):
         check.not_built("group", "g", "None")
+
+
+@pytest.mark.parametrize("family", sorted(backend.CPP))
+def test_the_forced_cpp_kernels_take_no_address_of_a_gpu(family):
+    with backend.force("cpp"):
+        assert backend.choose(family, "cpu") == "cpp"
+        with pytest.raises(ValueError, match=f"{family}: expected tensors on the CPU, .* got cuda"):
+            backend.choose(family, torch.device("cuda", 0))
