@@ -359,9 +359,10 @@ def mmd(
     tiles = -(-n // ROWS)
     if sides == 2 or terms & mmd_launch.YY:
         tiles += -(-m // ROWS)
+    x, y = x.contiguous(), y.contiguous()
     value = x.new_empty(batch, dtype=torch.float32)
-    gradients = [p.new_empty(p.shape, dtype=torch.float32) for p in (x, y)[:sides]]
-    given = (x.contiguous(), y.contiguous(), x_weight, y_weight, coefficients)
+    gradients = [torch.empty_like(p, dtype=torch.float32) for p in (x, y)[:sides]]
+    given = (x, y, x_weight, y_weight, coefficients)
     made = (value, *gradients, *(None,) * (2 - sides), *_room(x, items, tiles))
     arguments = (*given, *made, n, m, *plan.numbers)
     key = (plan.key, x.dtype, x.get_device(), relaunch.aligned(*given), tiles, items)

@@ -1,7 +1,7 @@
 """Maximum mean discrepancy: value and gradients in one pass, in memory that grows with N + M and not with N·M."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -45,7 +45,6 @@ __all__ = [
 ESTIMATORS = ("unbiased", "biased", "u_statistic")
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
 
-Call = Callable[[int, Tensor, Tensor, Sequence[Any]], tuple[Tensor, ...]]  # ops.call or ops.direct
 # kind, parameters, estimator, precision, x_weight, y_weight, coefficients, terms: what the ops take after the points
 Options = tuple[Any, ...]
 
@@ -54,7 +53,7 @@ class _MMD(torch.autograd.Function):
     """The gradient is made with the value, since the upstream gradient is one number for each MMD."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: ops.Call) -> Tensor:
         for_x, for_y, *_ = ctx.needs_input_grad
         ctx.options = options
         value: Tensor
@@ -278,10 +277,10 @@ def _swapped(options: Options) -> Options:
     return kind, parameters, estimator, precision, y_weight, x_weight, coefficients, terms
 
 
-def evaluate(x: Tensor, y: Tensor, options: Options, call: Call = ops.call) -> Tensor:
+def evaluate(x: Tensor, y: Tensor, options: Options, call: ops.Call = ops.call) -> Tensor:
     """MMD² of checked arguments, with a gradient where one is asked for."""
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        result: Tensor = (_apply_directly if call is ops.direct else _MMD.apply)(x, y, options, call)
+        result: Tensor = (_MMD.apply if call is ops.call else _apply_directly)(x, y, options, call)
         return result
     return call(0, x, y, options)[0]
 
@@ -404,7 +403,7 @@ def compute(
     if x_weight is None and y_weight is None and group is None and y_term is None:
         options = _plain(x, y, kernel, estimator, precision)
         if options is not None:
-            return evaluate(x, y, options, ops.direct if ops.runs_directly(x, y) else ops.call)
+            return evaluate(x, y, options, ops.direct(x, y, options) or ops.call)
     given = (x, y, kernel, estimator, x_weight, y_weight, precision)
     if group is not None:
         check_group(group)

@@ -8,7 +8,7 @@ float32 (a unit gradient is of order 1/N: float16 would lose it).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +26,7 @@ accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _OWN = (torch.float32, torch.float64)  # dtypes of the C++ kernels
+Call = Callable[[int, Tensor, Tensor, Sequence[Any]], tuple[Tensor, ...]]  # `call` and what `direct` finds
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
@@ -44,8 +45,13 @@ torch.library.define(
 @functools.lru_cache(maxsize=256)
 def _arguments(kind: str, parameters: tuple[float, ...], estimator: str) -> tuple[str, tuple[float, ...], int]:
     """The extension's own kind, parameters and estimator of a value and its gradients."""
-    pairs = inverse_pairs(parameters) if kind == "imq" else None
+    pairs = _pairs(kind, parameters)
     return ("imq_pairs", pairs, _ESTIMATORS[estimator]) if pairs else (kind, parameters, _ESTIMATORS[estimator])
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs(kind: str, parameters: tuple[float, ...]) -> tuple[float, float, float, float] | None:
+    return inverse_pairs(parameters) if kind == "imq" else None
 
 
 def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, float] | None:
@@ -72,7 +78,7 @@ def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Op
         from fastgen.kernels import mmd_launch
 
         if mmd_launch.fits(x, options.kind, options.parameters):
-            pairs = inverse_pairs(options.parameters) if options.kind == "imq" else None
+            pairs = _pairs(options.kind, tuple(options.parameters))
             return mmd_launch.mmd(x, y, sides, precision, pairs, *options)
     if sides == 0:
         return (reference.value(x, y, options),)
@@ -251,9 +257,7 @@ def call(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tens
     return (found,) if sides == 0 else found
 
 
-def direct(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
-    """`call` of unweighted points without torch's dispatcher, where `runs_directly`: of a hundred points that and the
-    cases that the general way asks for are a third of the time."""
+def _direct_cpp(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
     kind, parameters, estimator, _ = options
     kind, parameters, code = _arguments(kind, parameters, estimator)
     *batch, n, d = x.shape
@@ -287,14 +291,21 @@ def direct(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Te
     return (found, gx) if gy is None else (found, gx, gy)
 
 
-def runs_directly(x: Tensor, y: Tensor) -> bool:
-    """Whether the C++ kernel can take points of one dtype as they lie in memory, and nothing watches what is called."""
-    return bool(
-        x.is_cpu
-        and y.is_cpu
+def _direct_triton(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
+    from fastgen.kernels import mmd_launch
+
+    kind, parameters, estimator, precision = options
+    return mmd_launch.mmd(x, y, sides, precision, _pairs(kind, parameters), kind, parameters, estimator)
+
+
+def direct(x: Tensor, y: Tensor, options: Sequence[Any]) -> Call | None:
+    """`call` of unweighted points of one dtype without torch's dispatcher: of a hundred points that and the cases that
+    the general way asks for are a third of the time. None where a kernel cannot take the points as they lie in memory,
+    or something watches what is called."""
+    if not (
+        ((x.is_cpu and y.is_cpu) or (x.is_cuda and y.is_cuda))
         and type(x) in _PLAIN
         and type(y) in _PLAIN
-        and x.dtype in _OWN
         and x.is_contiguous()
         and y.is_contiguous()
         and not (
@@ -306,5 +317,13 @@ def runs_directly(x: Tensor, y: Tensor) -> bool:
             or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
             or y.is_neg()
         )
-        and backend.choose("mmd", "cpu") == "cpp"
-    )
+    ):
+        return None
+    chosen = backend.choose("mmd", "cpu" if x.is_cpu else "cuda")
+    if chosen == "cpp":
+        return _direct_cpp if x.dtype in _OWN else None
+    if chosen == "triton":
+        from fastgen.kernels import mmd_launch
+
+        return _direct_triton if mmd_launch.fits(x, options[0], options[1]) else None
+    return None

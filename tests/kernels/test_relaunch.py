@@ -67,7 +67,7 @@ def test_a_search_changes_the_key() -> None:
 
 
 # Triton's own launch is replaced by one that says what it would compile and with which arguments it would run.
-LANGEVIN = """
+DRIVER = """
 import itertools, math
 import torch
 from triton.backends.compiler import GPUTarget
@@ -96,9 +96,36 @@ def compile(self, key, *rest):
 
 driver.set_active(Driver())
 JITFunction._do_compile = compile
+seen = []
+
+def check(calls, launch, launcher, given):  # `given`: how many of the arguments are the caller's own
+    for arguments in calls():
+        start = len(seen)
+        for _ in range(2):
+            launch(*arguments)
+        first, again = seen[start:]
+        for i, (a, b) in enumerate(zip(first[2], again[2], strict=True)):
+            if isinstance(a, torch.Tensor):
+                assert a is b if i < given else (a.dtype, a.shape) == (b.dtype, b.shape)
+            else:
+                assert a == b
+        assert first[:2] == again[:2]
+        launcher._kept.clear()
+        launch(*arguments)
+        assert seen[-1][:2] == first[:2], "kept for another call"
+    for arguments in calls():  # and with all keys kept at once
+        launch(*arguments)
+        key = seen[-1][:2]
+        before, launcher._kept = launcher._kept, {}
+        launch(*arguments)
+        launcher._kept = before
+        assert seen[-1][:2] == key
+    print(len({key for key, *_ in seen}))
+"""
+
+LANGEVIN = """
 from fastgen.kernels import langevin
 
-seen = []
 INF = math.inf
 def calls():
     for dtype, chains, elements, shift in itertools.product(
@@ -113,33 +140,44 @@ def calls():
                 yield (x, x.clone(), x.clone() if more else None, None, ids, many, many, count, count,
                        0.1, 0.0 if seed == 1 else 0.2, 4.0, clip, low, -low, 0.1, bool(more), seed, 5)
 
-for arguments in calls():
-    start = len(seen)
-    for _ in range(2):
-        langevin.step_(*arguments)
-    first, again = seen[start:]
-    assert [a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(first[2], again[2], strict=True)]
-    assert first[:2] == again[:2]
-    langevin._launcher._kept.clear()
-    langevin.step_(*arguments)
-    assert seen[-1][:2] == first[:2], "kept for another call"
-for arguments in calls():  # and with all keys kept at once
-    langevin.step_(*arguments)
-    key = seen[-1][:2]
-    before = langevin._launcher._kept
-    langevin._launcher._kept = {}
-    langevin.step_(*arguments)
-    langevin._launcher._kept = before
-    assert seen[-1][:2] == key
-print(len({key for key, *_ in seen}))
+check(calls, langevin.step_, langevin._launcher, 99)
+"""
+
+MMD = """
+from fastgen.kernels import mmd_small
+
+def calls():
+    one = torch.ones(1, 3, dtype=torch.float64)
+    for dtype, batch, n, d, shift in itertools.product(
+        (torch.float32, torch.bfloat16), ((), (1,), (3,)), (1, 16, 65), (1, 3, 16, 32), (0, 1)
+    ):
+        x, y = (
+            torch.zeros(math.prod((*batch, k, d)) + shift, dtype=dtype)[shift:].view(*batch, k, d) for k in (n, 64)
+        )
+        for sides, terms in ((0, 7), (1, 1), (2, 7)):
+            yield x, y, sides, "bf16x3", None, "rbf", (1.0, 2.0), "biased", None, None, None, terms
+        yield x, y, 1, "tf32", None, "polynomial", (2.0, 0.5, 1.0), "unbiased", None, None, one[0].expand(*batch, 3)
+        p, q = (torch.ones(math.prod(batch) * k + shift)[shift:].view(-1, k) for k in (n, 64))
+        yield x, y, 1, "ieee", None, "imq", (1.0, 2.0), "unbiased", p, q, one
+
+check(calls, mmd_small.mmd, mmd_small._launcher, 2)
 """
 
 
-def test_langevin_steps_are_relaunched_as_triton_would_launch_them() -> None:
+def relaunched(code: str) -> int:
+    """What `check` finds, in a process of its own: the kernels that Triton would compile for the calls."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", LANGEVIN], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        [sys.executable, "-c", DRIVER + code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 40
+    return int(done.stdout)
+
+
+def test_langevin_steps_are_relaunched_as_triton_would_launch_them() -> None:
+    assert relaunched(LANGEVIN) > 40
+
+
+def test_small_mmds_are_relaunched_as_triton_would_launch_them() -> None:
+    assert relaunched(MMD) > 40

@@ -98,21 +98,30 @@ def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert called == ["reference"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+DIRECT = ("imq", (0.5, 2.0), "unbiased", "ieee")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("cpp", torch.float32), ("cpp", torch.float64), ("triton", torch.float32), ("triton", torch.bfloat16)],
+)
 @pytest.mark.parametrize("batch", [[], [3]])
-def test_a_direct_call_makes_the_numbers_of_the_op(dtype: torch.dtype, batch: list[int]) -> None:
-    x, y = torch.randn(*batch, 9, 3, dtype=dtype), torch.randn(*batch, 7, 3, dtype=dtype)
-    assert ops.runs_directly(x, y)
-    for kind, parameters in (("imq", (0.5, 2.0)), ("imq", (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)), ("energy", ())):
-        options = (kind, parameters, "unbiased", "bf16x3")
-        for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
-            found = op(x, y, *options)
-            found = found if isinstance(found, tuple) else (found,)
-            for got, want in zip(ops.direct(sides, x, y, options), found, strict=True):
-                assert torch.equal(got, want)
+def test_a_direct_call_makes_the_numbers_of_the_op(kernel: str, dtype: torch.dtype, batch: list[int]) -> None:
+    x, y = torch.randn(*batch, 9, 3).to(dtype), torch.randn(*batch, 7, 3).to(dtype)
+    with backend.force(kernel):
+        for kind, parameters in (("imq", (0.5, 2.0)), ("imq", (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)), ("energy", ())):
+            options = (kind, parameters, "unbiased", "ieee" if kind == "imq" else "tf32x3")
+            direct = ops.direct(x, y, options)
+            assert direct is not None
+            for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
+                found = op(x, y, *options)
+                found = found if isinstance(found, tuple) else (found,)
+                for got, want in zip(direct(sides, x, y, options), found, strict=True):
+                    assert torch.equal(got, want)
 
 
-def test_what_does_not_run_directly() -> None:
+@pytest.mark.parametrize("kernel", ["cpp", "triton"])
+def test_what_does_not_run_directly(kernel: str) -> None:
     class Another(torch.Tensor):
         pass
 
@@ -124,12 +133,18 @@ def test_what_does_not_run_directly() -> None:
         "no memory": x.to("meta"),
         "a subclass": x.as_subclass(Another),
     }
-    for what, other in others.items():
-        assert not ops.runs_directly(other, y), what
-        assert not ops.runs_directly(y, other), what
-    assert not ops.runs_directly(x.half(), y.half())
+    with backend.force(kernel):
+        assert ops.direct(x, y, DIRECT) is not None
+        for what, other in others.items():
+            assert ops.direct(other, y, DIRECT) is None, what
+            assert ops.direct(y, other, DIRECT) is None, what
+        half, wide = (x.half(), y.half()), (x.double(), y.double())
+        assert (ops.direct(*half, DIRECT) is None) == (kernel == "cpp")
+        assert (ops.direct(*wide, DIRECT) is None) == (kernel == "triton")
+        steep = ("polynomial", (17.0, 1.0, 1.0), "unbiased", "ieee")
+        assert (ops.direct(x, y, steep) is None) == (kernel == "triton")
     with backend.force("reference"):
-        assert not ops.runs_directly(x, y)
+        assert ops.direct(x, y, DIRECT) is None
 
 
 def test_a_lazy_minus_is_seen() -> None:
