@@ -39,7 +39,7 @@ _AS_THEY_ARE = frozenset((
     types.MethodDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
 ))  # fmt: skip
 _CONTAINERS = (dict, OrderedDict, tuple, list)
-_NO_MATTER = frozenset(  # of a module, for what it computes; the last is a sampler's own
+_NO_MATTER = frozenset(  # of a module, for what it computes; the last are recordings of a sampler's or a loss's own
     ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_kept")
 )
 _NORMS = (SpectralNorm, WeightNorm)  # hooks that make the weight, an attribute, anew each time

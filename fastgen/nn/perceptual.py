@@ -170,7 +170,7 @@ class PerceptualLoss(nn.Module):
         self.distance = check.choice("distance", distance, F.DISTANCES)
         self.pad_to = None if pad_to is None else check.integer("pad_to", pad_to, least=1)
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
-        self.replays = Replays(cuda_graph)
+        self._kept = Replays(cuda_graph)
         if cuda_graph is True and not isinstance(self.trunk, trunks.Trunk):
             raise ValueError(f"trunk: expected one of our own for cuda_graph=True, got {type(self.trunk).__name__}")
         self.entered: list[Features] = []
@@ -178,7 +178,7 @@ class PerceptualLoss(nn.Module):
     def extra_repr(self) -> str:
         names = ("layers", "layer_weight", "distance", "pixel_weight", "style_weight", "style_layers", "pad_to")
         told = [f"{name}={getattr(self, name)!r}" for name in (*names, "reduction")]
-        return ", ".join([*told, f"cuda_graph={self.replays.cuda_graph!r}"])
+        return ", ".join([*told, f"cuda_graph={self._kept.cuda_graph!r}"])
 
     def _names(self, argument: str, layers: Sequence[str]) -> tuple[str, ...]:
         if isinstance(layers, str):
@@ -223,7 +223,7 @@ class PerceptualLoss(nn.Module):
         names = (self._taps, self.layers, self.style_layers)
         weights = (tuple(self.layer_weight), self.pixel_weight, self.style_weight)
         options = (names, weights, self.distance, self.pad_to, self.reduction)
-        return self.replays(self, options, self._distance, "x", x, checked)
+        return self._kept(self, options, self._distance, "x", x, checked)
 
     def _distance(self, x: Tensor, target: Target) -> Tensor:
         theirs = _theirs(self, target)
@@ -355,12 +355,12 @@ class GLANNLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = check.choice("reduction", reduction, ("none", "mean"))
-        self.replays = Replays(cuda_graph)
+        self._kept = Replays(cuda_graph)
         self.trunk = trunks.trunk("vgg16", weights, mean=[0.5] * 3, std=[0.5] * 3)
         self.entered: list[Features] = []
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, cuda_graph={self.replays.cuda_graph!r}"
+        return f"reduction={self.reduction!r}, cuda_graph={self._kept.cuda_graph!r}"
 
     def size_of(self, images: Tensor) -> tuple[int, ...]:
         return sizes(images, 32 if images.shape[2] == 28 else None)
@@ -385,7 +385,7 @@ class GLANNLoss(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:
         checked = _target(self, x, target)
-        return self.replays(self, (self.reduction,), self._distance, "x", x, checked)
+        return self._kept(self, (self.reduction,), self._distance, "x", x, checked)
 
     def _distance(self, x: Tensor, target: Target) -> Tensor:
         theirs = _theirs(self, target)

@@ -225,7 +225,7 @@ class LPIPS(nn.Module):
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.one_batch, self.cuda_graph = one_batch, cuda_graph
         self.whole, self.whole_graph = compile, compile and cuda_graph is True
-        self.replays = Replays(cuda_graph)
+        self._kept = Replays(cuda_graph)
         trunks.compile_module(self.net, self.whole, self.whole_graph)
         self.lins = nn.ModuleList()
         if lpips:
@@ -350,7 +350,7 @@ class LPIPS(nn.Module):
             shares = self._shares(in0, target, normalize)
             return (_sum(shares), shares) if retPerLayer else _sum(shares)
         options = (normalize, self.version, self.eps_mode, self.one_batch)
-        return self.replays(self, options, lambda x, y: _sum(self._shares(x, y, normalize)), "in0", in0, target)
+        return self._kept(self, options, lambda x, y: _sum(self._shares(x, y, normalize)), "in0", in0, target)
 
     def _shares(self, in0: Tensor, target: Target, normalize: bool) -> list[Tensor]:
         """What each layer adds."""

@@ -75,28 +75,36 @@ def place_of(x: Tensor) -> Any:
     return x.get_device(), torch.cuda.current_stream().cuda_stream
 
 
+_streams: dict[int, tuple[Any, Any]] = {}  # of a device: for what goes before a capture, and for captures
+_capturing = threading.Lock()  # of which a process may have one at a time
+
+
 class Recorder:
     """Captures for one stream, one after the other in the same memory: outputs are copied out after each replay."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
+        device = torch.cuda.current_device()
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(), torch.cuda.Stream()
+        self.side, self.stream = _streams[device]
 
     def __call__(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """What repeats `run`, and where it leaves its results."""
-        # Loads kernels, which a capture must not. By another stream: cuBLAS's workspace for the capture's own should
-        # lie in the graph's memory, or whoever clears workspaces (torch.compile does) would give it to others.
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: in the mode by default, a data loader's thread that pins memory meanwhile would fail, and so
-        # would the capture.
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(current), capture:  # a capture that fails does not go back to the stream before
-            outputs = run()
+        with _capturing:
+            self.side.wait_stream(current)
+            with torch.cuda.stream(self.side):
+                run()  # loads kernels, which a capture must not
+            current.wait_stream(self.side)
+            torch._C._cuda_clearCublasWorkspaces()  # the graph's is to lie in its own memory, which nobody else gets
+            try:
+                with torch.cuda.stream(current), capture:  # one that fails does not go back to the stream before
+                    outputs = run()
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, outputs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgen.nn import LPIPS, GLANNLoss, PerceptualLoss, perceptual_replay, trunk, trunks_conv
+from fastgen.nn.langevin_signature import signature
 
 TAPS = ("relu1", "fire3", "fire4")
 BEFORE = perceptual_replay.FIRST_CALLS
@@ -323,7 +324,7 @@ def test_copies_and_pickles_begin_anew(tapes: list[Tape]) -> None:
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), copy.copy(loss)):
         twin.trunk.features[0].weight.data = twin.trunk.features[0].weight.data * 2
         plain = copy.deepcopy(twin)
-        plain.replays = perceptual_replay.Replays(False)
+        plain._kept = perceptual_replay.Replays(False)
         close(value_and_gradients(twin, x, y), value_and_gradients(plain, x, y))
     assert len(tapes) == 1
     assert "cuda_graph='auto'" in repr(twin)
@@ -351,10 +352,19 @@ def test_captures_that_fail(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) 
     at_once = perceptual(cuda_graph=True)
     with pytest.raises(RuntimeError, match="not permitted"):
         at_once(x, y)
-    assert not at_once.replays.recorders  # the memory of a failed capture is not used again
+    assert not at_once._kept.recorders  # the memory of a failed capture is not used again
     monkeypatch.setattr(Tape, "fails", False)
     close(value_and_gradients(at_once, x, y), value_and_gradients(plain, x, y))
     assert [tape.replays for tape in tapes] == [1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_sampler_need_not_look_at_recordings(name: str) -> None:
+    loss = LOSSES[name][0]()
+    before = signature(torch.device("cpu"), loss)
+    loss._kept.calls["a kind"] = 1
+    assert before is not None
+    assert signature(torch.device("cpu"), loss) == before
 
 
 def test_bad_options() -> None:
@@ -388,7 +398,7 @@ def test_gpu_recordings(name: str, half: bool, cached: bool, monkeypatch: pytest
                     value = one(x, one.target(y) if cached else y)
                 pair.append([value, x])
             results.append([[value.detach(), *torch.autograd.grad(value.sum(), x)] for value, x in pair])
-    assert len(loss.replays.recordings) == 1
+    assert len(loss._kept.recordings) == 1
     for got, expected in results:  # after all replays
         torch.testing.assert_close(got[0], expected[0], rtol=1e-2 if half else 1e-5, atol=1e-7)
         assert (got[1] - expected[1]).norm() <= (0.1 if half else 1e-2) * expected[1].norm()
@@ -412,16 +422,16 @@ def test_gpu_recordings_follow_weights_and_streams(monkeypatch: pytest.MonkeyPat
         for one in (loss, plain):
             one.net.slice1[0].weight.mul_(1.5)
     same()
-    assert len(loss.replays.recordings) == 1
+    assert len(loss._kept.recordings) == 1
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         same()
         torch.cuda.synchronize()
-    assert len(loss.replays.recordings) == 2
+    assert len(loss._kept.recordings) == 2
     for one in (loss, plain):
         one.half().float()
     same()
-    assert len(loss.replays.recordings) == 1
+    assert len(loss._kept.recordings) == 1
     (first,) = torch.autograd.grad(loss(x, y).sum(), x, create_graph=True)
     (other,) = torch.autograd.grad(plain(x, y).sum(), x, create_graph=True)
     second, expected = (torch.autograd.grad(g.square().sum(), x)[0] for g in (first, other))
