@@ -1,10 +1,11 @@
 """How the nearest-neighbour kernels are launched, and the bound that their answer is proved by."""
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
-from fastgen.kernels import tuned
+from fastgen.kernels import relaunch, tuned
 from fastgen.kernels.aot import Spec
 from torch import Tensor
 
@@ -96,8 +97,6 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     a = (2 D + 8) 2⁻²³ allows each of the tensor core's D additions a unit in the last place of the largest, once for
     adding and once for aligning what is added; r = 2⁻²² the rounding of scores to float32 and of two distances.
     """
-    from fastgen.kernels import nearest as kernels
-
     query, database = query.contiguous(), database.contiguous()
     allowed = database if mask is None else mask.contiguous().view(torch.int8)
     n, m, d = *query.shape[:1], *database.shape
@@ -121,33 +120,23 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     distance = query.new_empty(n, dtype=torch.float32)
     doubtful = query.new_empty(n, dtype=torch.bool)
 
-    masked = {"MASKED": mask is not None}
+    # Points of one dtype and shape are launched as they were before; what torch allocates is aligned.
+    key = (query.dtype, query.get_device(), relaunch.aligned(query, database, mask), n, m, d, tuned.changes())
+    masked = {"MASKED": mask is not None, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
     columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
+    filtered = {"RESIDENT": resident(blocks), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, **options}
     with torch.cuda.device_of(query):
-        kernels._nearest_extent_kernel[(blocks, SLABS, 2)](
-            query, database, allowed, partial, n, m, d, **masked, SLABS=SLABS, BLOCK=BLOCK, BLOCK_K=BLOCK_K
-        )
-        kernels._nearest_centre_kernel[(blocks,)](partial, centre, extent, d, SLABS=SLABS, **columns)
-        kernels._nearest_pack_kernel[(query_programs + row_programs,)](
-            *(query, database, allowed, centre, extent, q, b, length, lost, norm, half, most, scale),
-            *(n, m, d, blocks, query_programs, row_programs),
-            **masked,
-            BLOCK=BLOCK,
-            **columns,
-        )
-        kernels._nearest_filter_kernel[(padded_n // BLOCK_M, parts)](
-            *(q, b, half, value, tile, dropped, tiles, each, parts, blocks),
-            RESIDENT=resident(blocks),
-            BLOCK_M=BLOCK_M,
-            BLOCK_K=BLOCK_K,
-            **options,
-        )
-        kernels._nearest_rank_kernel[(n,)](
-            *(query, database, half, value, tile, dropped, length, lost, norm, most.amax(1), scale),
-            *(index, distance, doubtful, d, blocks, parts),
-            BLOCK_K=BLOCK_K,
-            **rank_options(n, of),
-        )
+        points = (query, database, allowed)
+        _launch("extent", key, (blocks, SLABS, 2), (*points, partial, n, m, d), {**masked, "SLABS": SLABS})
+        _launch("centre", key, (blocks,), (partial, centre, extent, d), {**columns, "SLABS": SLABS})
+        packed = (*points, centre, extent, q, b, length, lost, norm, half, most, scale)
+        sizes = (n, m, d, blocks, query_programs, row_programs)
+        _launch("pack", key, (query_programs + row_programs,), (*packed, *sizes), {**masked, **columns})
+        scored = (q, b, half, value, tile, dropped, tiles, each, parts, blocks)
+        _launch("filter", key, (padded_n // BLOCK_M, parts), scored, filtered)
+        bound = (length, lost, norm, most.amax(1), scale)
+        ranked = (query, database, half, value, tile, dropped, *bound, index, distance, doubtful, d, blocks, parts)
+        _launch("rank", key, (n,), ranked, {"BLOCK_K": BLOCK_K, **rank_options(n, of)})
     return Found(index, distance, doubtful)
 
 
@@ -162,21 +151,29 @@ def rank_options(n: int, of: Chip) -> dict[str, Any]:
     return options if of.hip else {**options, "maxnreg": 128}
 
 
-def distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
-    """float32 distances [N, k] of each query to the rows `index` [N, k], all dtypes."""
+@functools.cache
+def _launcher(name: str) -> relaunch.Relaunch:
     from fastgen.kernels import nearest as kernels
 
+    return relaunch.Relaunch(getattr(kernels, f"_nearest_{name}_kernel"))
+
+
+def _launch(name: str, key: Hashable, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Any) -> None:
+    launcher = _launcher(name)
+    if not launcher.again(key, arguments):
+        launcher.first(key, grid, arguments, options)
+
+
+def distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
+    """float32 distances [N, k] of each query to the rows `index` [N, k], all dtypes."""
     query, database, index = query.contiguous(), database.contiguous(), index.contiguous()
     out = query.new_empty(index.shape, dtype=torch.float32)
-    pairs = index.numel()
+    pairs, (k, d) = index.numel(), (index.shape[1], query.shape[1])
     if pairs:
+        key = (query.dtype, query.get_device(), relaunch.aligned(query, database, index), pairs, k, d)
         with torch.cuda.device_of(query):
-            kernels._nearest_distance_kernel[(-(-pairs // PAIRS),)](
-                *(query, database, index, out, pairs, index.shape[1], query.shape[1]),
-                BLOCK=PAIRS,
-                num_warps=1,
-                **APART,
-            )
+            arguments = (query, database, index, out, pairs, k, d)
+            _launch("distance", key, (-(-pairs // PAIRS),), arguments, {"BLOCK": PAIRS, "num_warps": 1, **APART})
     return out
 
 
