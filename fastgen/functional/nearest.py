@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
+from fastgen.ops import backend
 from fastgen.ops import nearest as ops  # registers them
 
 
@@ -84,10 +85,11 @@ def nearest(
             raise ValueError(f"mask: expected the device of query, {query.device}, got {mask.device}")
         if tuple(mask.shape) not in ((m,), (n, m)):
             raise ValueError(f"mask: expected shape [{m}] or [{n}, {m}], got {list(mask.shape)}")
-    index = torch.ops.fastgen.nearest(query.detach(), database.detach(), mask, k, exclude_radius, precision)
+    find = ops.direct if backend.runs_directly(query, database, mask) else ops.call
+    distance, index = find(query.detach(), database.detach(), mask, k, exclude_radius, precision)
     if torch.is_grad_enabled() and (query.requires_grad or database.requires_grad):
-        return Nearest(_Distance.apply(query, database, index), index)
-    return Nearest(torch.ops.fastgen.nearest_distance(query.detach(), database.detach(), index), index)
+        distance = _Distance.apply(query, database, index, distance)
+    return Nearest(distance, index)
 
 
 def nearest_or_none(query: Tensor, database: Tensor, exclude_radius: float) -> Nearest:
@@ -111,16 +113,15 @@ def distances(query: Tensor, database: Tensor) -> Tensor:
 
 
 class _Distance(torch.autograd.Function):
-    """‖q − b‖² of the chosen pairs. The backward is plain torch, so autograd differentiates it again."""
+    """‖q − b‖² of the chosen pairs, as found. The backward is plain torch, so autograd differentiates it again."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, database: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, database: Tensor, index: Tensor, distance: Tensor) -> Tensor:
         ctx.save_for_backward(query, database, index)
-        out: Tensor = torch.ops.fastgen.nearest_distance(query, database, index)
-        return out
+        return distance.detach()  # no view of its argument: it may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query, database, index = ctx.saved_tensors
         wide = torch.promote_types(query.dtype, torch.float32)
         flat = index.flatten()
@@ -131,7 +132,7 @@ class _Distance(torch.autograd.Function):
             grad_query = pull.sum(1).to(query.dtype)
         if ctx.needs_input_grad[1]:
             grad_database = _add_rows(-pull.flatten(0, 1), flat, database.shape[0]).to(database.dtype)
-        return grad_query, grad_database, None
+        return grad_query, grad_database, None, None
 
 
 def _add_rows(rows: Tensor, index: Tensor, m: int) -> Tensor:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import _C, Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 _forced: str | None = None
 
 CPP = frozenset({"mmd", "langevin", "perceptual", "nearest"})
@@ -73,3 +75,23 @@ def force(kernel: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take all of the tensors as they are, and nothing watches what is called."""
+    if (
+        torch.compiler.is_compiling()
+        or _C._len_torch_dispatch_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (
+            type(t) not in _PLAIN
+            or not (t.is_cuda or t.is_cpu)
+            or t.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
+            or _C._functorch.is_functorch_wrapped_tensor(t)  # kept from a transform that is over
+        ):
+            return False
+    return True

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 
 from fastgen.ops import backend
 from fastgen.reference import langevin as reference
@@ -49,7 +49,7 @@ bump_versions("langevin_noise_")
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 0}
 _UNSIGNED = 2**64 - 1
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
+runs_directly = backend.runs_directly
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -135,26 +135,6 @@ def direct(x: Tensor, *arguments: Any) -> None:
     written = [t for t in (x, arguments[6], arguments[7]) if t is not None and not t.is_inference()]
     torch.autograd.graph.increment_version(written)
     _step(x, *arguments)
-
-
-def runs_directly(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take all of the tensors as they are, and nothing watches what is called."""
-    if (
-        torch.compiler.is_compiling()
-        or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._get_tracing_state()
-    ):
-        return False
-    for t in tensors:
-        if t is not None and (
-            type(t) not in _PLAIN
-            or not (t.is_cuda or t.is_cpu)
-            or t.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
-            or _C._functorch.is_functorch_wrapped_tensor(t)  # kept from a transform that is over
-        ):
-            return False
-    return True
 
 
 @torch.library.impl("fastgen::langevin_noise_", ("CPU", "CUDA"))

@@ -24,17 +24,14 @@ def search(
     query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
 ) -> Tensor:
     """Index [N, k]; with an exclude_radius −1 where fewer than k rows are left."""
+    if _runs_on_triton(query, mask, k, exclude_radius, precision):
+        return search_triton(query, database, mask)[1]
     chosen = backend.choose("nearest", query.device)
     module = backend.extension()
     if chosen == "cpp" and module is not None and query.shape[1] <= WIDEST:
         index = search_cpp(module, query, database, mask, k, exclude_radius, precision == "ieee")
         if index is not None:
             return index
-    if chosen == "triton" and k == 1 and exclude_radius is None and precision == "certified":
-        from fastgen.kernels import nearest_launch
-
-        if nearest_launch.fits(query, mask):
-            return search_triton(query, database, mask)
     return reference.search(query, database, mask, k, exclude_radius, precision, _measure(chosen))
 
 
@@ -47,19 +44,33 @@ def _measure(chosen: str) -> reference.Measure:
     return nearest_launch.distance
 
 
-def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> Tensor:
-    """The Triton kernels; what their bound does not prove is searched again with float64 products."""
+def _runs_on_triton(query: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str) -> bool:
+    if k != 1 or exclude_radius is not None or precision != "certified":
+        return False
+    if backend.choose("nearest", query.device) != "triton":
+        return False
+    from fastgen.kernels import nearest_launch
+
+    return nearest_launch.fits(query, mask)
+
+
+def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Distance and index [N, 1] by the Triton kernels; what their bound does not prove is searched again with float64
+    products."""
     from fastgen.kernels import nearest_launch
 
     if mask is not None:
         reference.refuse_small_mask(mask, 1)
     found = nearest_launch.search(query, database, mask)
-    index, rows = found.index, found.open.nonzero()[:, 0]  # the one wait for the device
+    distance, index = found.distance[:, None], found.index[:, None]
+    rows = found.open.nonzero()[:, 0]  # the one wait for the device
     if len(rows):  # of points that are not finite, or too far apart for float32, nothing is proved
         reference.refuse_non_finite("query", query, None)
-        again = reference.search(query[rows], database, mask, 1, None, "certified", nearest_launch.distance)
-        index[rows] = again[:, 0]
-    return index[:, None]
+        some = query[rows]
+        again = reference.search(some, database, mask, 1, None, "certified", nearest_launch.distance)
+        index[rows] = again
+        distance[rows] = nearest_launch.distance(some, database, again)
+    return distance, index
 
 
 def search_cpp(
@@ -121,6 +132,24 @@ def search_cpp(
             return None
         index[again] = found
     return index
+
+
+def call(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Distance and index [N, k], by the two ops."""
+    index = torch.ops.fastgen.nearest(query, database, mask, k, exclude_radius, precision)
+    return torch.ops.fastgen.nearest_distance(query, database, index), index
+
+
+def direct(
+    query: Tensor, database: Tensor, mask: Tensor | None, k: int, exclude_radius: float | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """`call` without torch's dispatcher, where `backend.runs_directly`. A GPU's search has its distances already."""
+    if _runs_on_triton(query, mask, k, exclude_radius, precision):
+        return search_triton(query, database, mask)
+    index = _nearest(query, database, mask, k, exclude_radius, precision)
+    return _nearest_distance(query, database, index), index
 
 
 def _nearest(

@@ -283,6 +283,13 @@ def test_gradients(oracle, dtype, k):
     assert torch.equal(only, grads[1])
 
 
+def test_the_distance_may_be_changed_in_place():
+    query = torch.randn(7, 3, requires_grad=True)
+    got = F.nearest(query, torch.randn(9, 3))
+    plain = torch.autograd.grad(got.distance.sum(), query, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(got.distance.mul_(3).sum(), query)[0], 3 * plain)
+
+
 def test_gradcheck_twice():
     # On a dyadic grid the float32 distances are exact, and a quadratic's central differences are too.
     query = (torch.randint(-8, 8, (4, 3)).double() / 4).requires_grad_()
@@ -318,6 +325,25 @@ def test_compiles_whole_and_once_for_every_size():
             plain = F.nearest(query, database, 2).distance.sum()
             assert torch.equal(value, plain)
             assert torch.equal(grad, torch.autograd.grad(plain, query)[0])
+
+
+def test_what_is_watched_is_the_same_answer():
+    """Past torch's dispatcher and by it; to the dispatcher the ops are there."""
+    query, database = gaussian(20, 100, 8)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    for k in (1, 3):
+        alone = F.nearest(query, database, k)
+        with Watch():
+            watched = F.nearest(query, database, k)
+        assert torch.equal(alone.index, watched.index)
+        assert torch.equal(alone.distance, watched.distance)
+    assert seen.count("fastgen.nearest.default") == seen.count("fastgen.nearest_distance.default") == 2
 
 
 def test_autocast_changes_nothing():

@@ -64,7 +64,9 @@ def test_near_ties_within_the_rounding(m: int, opened: bool, oracle: ModuleType)
     assert_proved(found, expected)
     assert found.open.all() if opened else not found.open.any()
     with backend.force("triton"):
-        assert torch.equal(F.nearest(query, database).index, expected[1])
+        got = F.nearest(query, database)
+    assert torch.equal(got.index, expected[1])
+    assert torch.equal(got.distance, expected[0])  # of the open ones, too
 
 
 @pytest.mark.parametrize("scale", [1e16, 1.0, 1e-10, 1e-22])
