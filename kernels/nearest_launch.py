@@ -90,7 +90,7 @@ def splits(n: int, tiles: int, programs: int) -> tuple[int, int]:
 
 def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     """The nearest row of each query, [N, D] and [M, D] of one dtype but float64, D ≤ WIDEST; without a host
-    synchronisation. `mask` [M] allows a row at least.
+    synchronisation. Where `mask` [M] allows no row, nothing is proved.
 
     With x̂ the rounded points, δ what rounding took away and ‖·‖ as measured (all in units of the scales),
         |score − (½‖b'‖² − q'·b')| ≤ E = ‖δq‖ max‖b'‖ + ‖q̂‖ max‖δb‖ + a ‖q̂‖ max‖b̂‖ + r (‖q'‖ + max‖b'‖)²:

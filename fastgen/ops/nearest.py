@@ -59,12 +59,10 @@ def search_triton(query: Tensor, database: Tensor, mask: Tensor | None) -> tuple
     products."""
     from fastgen.kernels import nearest_launch
 
-    if mask is not None:
-        reference.refuse_small_mask(mask, 1)
     found = nearest_launch.search(query, database, mask)
     distance, index = found.distance[:, None], found.index[:, None]
     rows = found.open.nonzero()[:, 0]  # the one wait for the device
-    if len(rows):  # of points that are not finite, or too far apart for float32, nothing is proved
+    if len(rows):  # nor is anything of points that are not finite, or too far apart for float32, or all hidden
         reference.refuse_non_finite("query", query, None)
         some = query[rows]
         again = reference.search(some, database, mask, 1, None, "certified", nearest_launch.distance)

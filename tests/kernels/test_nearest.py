@@ -156,6 +156,12 @@ def test_the_order_of_a_distance_shows_in_float32() -> None:
     assert torch.equal(launch.distance(query, origin, index), expected)
 
 
+def test_a_mask_that_hides_all_is_refused() -> None:
+    query, database = torch.randn(3, 4), torch.randn(200, 4)
+    with backend.force("triton"), pytest.raises(ValueError, match=r"k: .* that mask allows, 0, got 1"):
+        F.nearest(query, database, mask=torch.zeros(200, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_points_are_refused(bad: float) -> None:
     points, spoilt = torch.randn(5, 3), torch.randn(5, 3).index_fill(0, torch.tensor([2]), bad)
@@ -233,14 +239,18 @@ def test_machine_code_on_sm_90(compiled: dict[tuple[str, str], dict[str, Any]]) 
         assert not {"ATOM", "ATOMG", "RED"} & set(compiled[kernel, "sm_90"]["opcodes"])
 
 
-def test_wide_points_on_sm_90() -> None:
-    """The widest product that a warpgroup has, of tiles that are on their way while the last one is multiplied."""
-    wide = next(row for row in aot("--all", "--target=sm_90") if row["kernel"] == "filter wide")
-    pairs = 128 * 256 // 256
+def test_every_configuration_on_sm_90() -> None:
+    rows = {row["kernel"]: row for row in aot("--all", "--target=sm_90")}
+    assert not [name for name, row in rows.items() if row["stack"]]
+    # The widest product that a warpgroup has, of tiles that are on their way while the last one is multiplied.
+    wide = rows["filter wide"]
     assert wide["opcodes"]["HGMMA"] == 64 // 16
-    assert wide["opcodes"]["FADD"] == pairs
-    assert wide["stack"] == 0
+    assert wide["opcodes"]["FADD"] == 128 * 256 // 256
     assert 3 * 48 * 1024 < wide["shared"] <= 227 * 1024
+    # Two programs of 256 threads share a multiprocessor.
+    for name in ("filter 64", "filter 128"):
+        assert rows[name]["registers"] <= 128
+        assert 2 * (rows[name]["shared"] + 1024) <= 228 * 1024
 
 
 @pytest.mark.gpu
