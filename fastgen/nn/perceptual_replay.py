@@ -4,16 +4,16 @@ import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as modules_of_torch
 
 from fastgen.nn import trunks
+from fastgen.nn.langevin_signature import surroundings
 
 FIRST_CALLS = 3  # of a kind, which "auto" runs as they are: a recording costs what some ten replays save
 MOST_PIXELS = 2**18  # of a batch, for "auto": beyond, launches hide behind the work, and a recording's memory counts
@@ -32,7 +32,7 @@ class _Kind(NamedTuple):
     wanted: tuple[bool, ...]  # for each input, whether its gradient is
     autocast: torch.dtype | None
     place: Any  # the stream: what lies in a graph's memory is safe between calls of one stream alone
-    numerics: tuple[Any, ...]
+    switches: Hashable
     layouts: tuple[Any, ...]
 
     def compute(self, compute: Compute, inputs: Sequence[Tensor]) -> Tensor:
@@ -45,27 +45,12 @@ class _Kind(NamedTuple):
         return [t for t, wanted in zip(inputs, self.wanted, strict=True) if wanted]
 
 
-def _numerics() -> tuple[Any, ...]:
-    """The settings by which torch chooses kernels."""
-    backends: Any = torch.backends
-    cudnn, matmul = backends.cudnn, backends.cuda.matmul
-    precisions = (backends.fp32_precision, cudnn.fp32_precision, cudnn.conv.fp32_precision, matmul.fp32_precision)
-    deterministic = (cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
-    return (cudnn.enabled, cudnn.benchmark, *deterministic, *precisions)
-
-
-def _unwatched() -> bool:
-    """Whether nothing is at work that has to see each operation: no transform, trace, mode or hook, and no backward
-    pass, where a checkpoint runs once more what it ran before and must find the same."""
-    return not (
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._current_graph_task_id() != -1
-        or torch.jit.is_tracing()
-        or modules_of_torch._has_any_global_hook()
-    )
+def _switches(device: torch.device) -> Hashable | None:
+    """Those of torch's that a recording obeys; None where something has to see each operation, or a backward pass is
+    under way: there a checkpoint runs once more what it ran before, and must find the same."""
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing() or torch._C._current_graph_task_id() != -1:
+        return None
+    return surroundings(device)
 
 
 def place_of(x: Tensor) -> Any:
@@ -240,7 +225,9 @@ class Replays:
         x, device = inputs[0], inputs[0].device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         wanted = tuple(t.requires_grad for t in inputs) if torch.is_grad_enabled() else (False,) * len(inputs)
-        if any(type(t) not in PLAIN or t.device != device or t.numel() == 0 for t in inputs) or not _unwatched():
+        if any(type(t) not in PLAIN or t.device != device or t.numel() == 0 for t in inputs):
+            return None
+        if (switches := _switches(device)) is None:
             return None
         if any(wanted):
             if any(t.is_inference() for t in inputs) or any(wanted[2 if images else 1 :]):
@@ -248,7 +235,7 @@ class Replays:
             if torch.float16 in (autocast, x.dtype):  # without the loss scale, which comes last, they would vanish
                 return None
         layouts = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
-        return _Kind(options, images, wanted, autocast, place, _numerics(), layouts)
+        return _Kind(options, images, wanted, autocast, place, switches, layouts)
 
     def _recording(
         self, module: nn.Module, kind: _Kind, compute: Compute, inputs: tuple[Tensor, ...]
