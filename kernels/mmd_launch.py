@@ -33,11 +33,11 @@ LISTED: dict[str, tuple[float, ...]] = {
 }
 
 
-def fits(x: Tensor, kind: str, parameters: Sequence[float], second: bool = False) -> bool:
-    """Whether the kernels take such points, where `second` for a Hessian's product: else the reference runs.
+def fits(dtype: torch.dtype, kind: str, parameters: Sequence[float], second: bool = False) -> bool:
+    """Whether the kernels take points of that dtype, where `second` for a Hessian's product: else the reference runs.
 
     Between close points the two parts of a rooted kernel's second derivative cancel: that is work for float64."""
-    if x.dtype == torch.float64 or (second and kind in ROOTED):
+    if dtype == torch.float64 or (second and kind in ROOTED):
         return False
     return kind != "polynomial" or parameters[0] <= LARGEST_DEGREE
 

@@ -1,12 +1,10 @@
 """Maximum mean discrepancy: value and gradients in one pass, in memory that grows with N + M and not with N·M."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastgen import check
 from fastgen.functional.mmd_group import check_group, grouped
@@ -20,6 +18,7 @@ from fastgen.functional.mmd_kernels import (
     RationalQuadratic,
     resolve,
 )
+from fastgen.functional.mmd_plain import ESTIMATORS, PRECISIONS, prepared
 from fastgen.functional.mmd_weights import (
     check_weight,
     differentiable,
@@ -42,9 +41,6 @@ __all__ = [
     "resolve",
 ]
 
-ESTIMATORS = ("unbiased", "biased", "u_statistic")
-PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
-
 # kind, parameters, estimator, precision, x_weight, y_weight, coefficients, terms: what the ops take after the points
 Options = tuple[Any, ...]
 
@@ -54,14 +50,14 @@ class _MMD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: ops.Call) -> Tensor:
-        for_x, for_y, *_ = ctx.needs_input_grad
+        for_x, for_y, _, _ = ctx.needs_input_grad
         ctx.options = options
         value: Tensor
         gx = gy = None
-        if for_x and for_y:
-            value, gx, gy = call(2, x, y, options)
-        elif for_x:
+        if not for_y:
             value, gx = call(1, x, y, options)
+        elif for_x:
+            value, gx, gy = call(2, x, y, options)
         else:
             value, gy = call(1, y, x, _swapped(options))
         ctx.save_for_backward(x, y, gx, gy)
@@ -285,39 +281,6 @@ def evaluate(x: Tensor, y: Tensor, options: Options, call: ops.Call = ops.call) 
     return call(0, x, y, options)[0]
 
 
-@functools.lru_cache(maxsize=256)
-def _options(kernel: Kernel | str, d: int, estimator: str, precision: str) -> Options | None:
-    """None where one of them is wrong."""
-    if estimator not in ESTIMATORS or precision not in PRECISIONS:
-        return None
-    kind, parameters = resolve(kernel)._op(d)
-    return kind, tuple(parameters), estimator, precision
-
-
-def _plain(x: Any, y: Any, kernel: Any, estimator: Any, precision: Any) -> Options | None:
-    """The options of a call with nothing to say about it, or None: `_checked` then says it. A tenth of its time."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return None
-    n, m, strided = x.shape, y.shape, torch.strided
-    good = (
-        x.dtype is y.dtype
-        and x.dtype in check.FLOATS
-        and x.layout is strided
-        and y.layout is strided
-        and x.device == y.device
-        and len(n) == len(m)
-        and (len(n) == 2 or (len(n) == 3 and n[0] == m[0]))
-        and n[-1] == m[-1] > 0
-        and n[-2] > 1
-        and m[-2] > 1
-        and (estimator != "u_statistic" or n == m)
-        and forward_ad._current_level < 0
-        and type(estimator) is type(precision) is str
-        and (type(kernel) is str or isinstance(kernel, Kernel))
-    )
-    return _options(kernel, n[-1], estimator, precision) if good else None
-
-
 def mmd(
     x: Tensor,
     y: Tensor,
@@ -401,9 +364,13 @@ def compute(
 ) -> Tensor:
     """`mmd`; where `y_term` is given, `own_term` of y, the sum over y's own pairs is not made again."""
     if x_weight is None and y_weight is None and group is None and y_term is None:
-        options = _plain(x, y, kernel, estimator, precision)
-        if options is not None:
-            return evaluate(x, y, options, ops.direct(x, y, options) or ops.call)
+        short = prepared(x, y, kernel, estimator, precision)
+        if short is not None:
+            options, call = short
+            if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+                result: Tensor = (_MMD.apply if call is ops.call else _apply_directly)(x, y, options, call)
+                return result
+            return call(0, x, y, options)[0]
     given = (x, y, kernel, estimator, x_weight, y_weight, precision)
     if group is not None:
         check_group(group)

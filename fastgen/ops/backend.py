@@ -12,7 +12,7 @@ import torch
 from torch import _C, Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
-_forced: str | None = None
+forced: str | None = None
 
 CPP = frozenset({"mmd", "langevin", "perceptual", "nearest"})
 TRITON = frozenset({"mmd", "langevin", "perceptual", "nearest"})
@@ -35,11 +35,11 @@ def has_triton() -> bool:
 def choose(family: str, device: torch.device | str) -> str:
     """'cpp', 'triton' or 'reference' for a device or its type; a reference run for want of a build warns once."""
     device_type = device if isinstance(device, str) else device.type
-    if _forced is None:
+    if forced is None:
         return _chosen(family, device_type)
-    if _forced == "cpp" and device_type != "cpu":  # it would follow the address
+    if forced == "cpp" and device_type != "cpu":  # it would follow the address
         raise ValueError(f"{family}: expected tensors on the CPU, where backend.force('cpp') runs, got {device_type}")
-    return _forced
+    return forced
 
 
 @functools.cache
@@ -69,12 +69,12 @@ def explain(family: str, device_type: str) -> tuple[str, str]:
 @contextmanager
 def force(kernel: str) -> Iterator[None]:
     """Run every op on `kernel` inside the block (tests and benchmarks)."""
-    global _forced
-    before, _forced = _forced, kernel
+    global forced
+    before, forced = forced, kernel
     try:
         yield
     finally:
-        _forced = before
+        forced = before
 
 
 def runs_directly(*tensors: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 
 from fastgen.ops import backend
 from fastgen.reference import mmd as reference
@@ -27,7 +27,6 @@ coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
 _OWN = (torch.float32, torch.float64)  # dtypes of the C++ kernels
 Call = Callable[[int, Tensor, Tensor, Sequence[Any]], tuple[Tensor, ...]]  # `call` and what `direct` finds
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 
 torch.library.define("fastgen::mmd_value", f"(Tensor x, Tensor y, {_OPTIONS}) -> Tensor")
 torch.library.define("fastgen::mmd_value_grad_x", f"(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -77,7 +76,7 @@ def _run(x: Tensor, y: Tensor, sides: int, precision: str, options: reference.Op
     if chosen == "triton":
         from fastgen.kernels import mmd_launch
 
-        if mmd_launch.fits(x, options.kind, options.parameters):
+        if mmd_launch.fits(x.dtype, options.kind, options.parameters):
             pairs = _pairs(options.kind, tuple(options.parameters))
             return mmd_launch.mmd(x, y, sides, precision, pairs, *options)
     if sides == 0:
@@ -173,7 +172,7 @@ def _hessian_product(
     if chosen == "triton":
         from fastgen.kernels import mmd_launch
 
-        if mmd_launch.fits(x, kind, parameters, second=True):
+        if mmd_launch.fits(x.dtype, kind, parameters, second=True):
             return mmd_launch.hessian_product(x, y, vx, vy, precision, *options)
     # Else as blocked matrix products, in full precision: there `precision` is of no account.
     return reference.hessian_product(x, y, vx, vy, options)
@@ -257,38 +256,42 @@ def call(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tens
     return (found,) if sides == 0 else found
 
 
-def _direct_cpp(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
-    kind, parameters, estimator, _ = options
-    kind, parameters, code = _arguments(kind, parameters, estimator)
-    *batch, n, d = x.shape
-    found = x.new_empty(batch)
-    gx = torch.empty_like(x) if sides else None
-    gy = torch.empty_like(y) if sides == 2 else None
+def _direct_cpp(dtype: torch.dtype, kind: str, parameters: tuple[float, ...], estimator: str) -> Call:
     extension: Any = backend.extension()
-    (extension.mmd_f32 if x.dtype is torch.float32 else extension.mmd_f64)(
-        x.data_ptr(),
-        y.data_ptr(),
-        0,
-        0,
-        0,
-        0,
-        0,
-        found.data_ptr(),
-        0 if gx is None else gx.data_ptr(),
-        0 if gy is None else gy.data_ptr(),
-        batch[0] if batch else 1,
-        n,
-        y.shape[-2],
-        d,
-        kind,
-        parameters,
-        code,
-        reference.ALL,
-        torch.get_num_threads(),
-    )
-    if gx is None:
-        return (found,)
-    return (found, gx) if gy is None else (found, gx, gy)
+    run = extension.mmd_f32 if dtype is torch.float32 else extension.mmd_f64
+    kind, parameters, code = _arguments(kind, parameters, estimator)
+
+    def call(sides: int, x: Tensor, y: Tensor, _: Sequence[Any]) -> tuple[Tensor, ...]:
+        *batch, n, d = x.shape
+        found = x.new_empty(batch)
+        gx = torch.empty_like(x) if sides else None
+        gy = torch.empty_like(y) if sides == 2 else None
+        run(
+            x.data_ptr(),
+            y.data_ptr(),
+            0,
+            0,
+            0,
+            0,
+            0,
+            found.data_ptr(),
+            0 if gx is None else gx.data_ptr(),
+            0 if gy is None else gy.data_ptr(),
+            batch[0] if batch else 1,
+            n,
+            y.shape[-2],
+            d,
+            kind,
+            parameters,
+            code,
+            reference.ALL,
+            torch.get_num_threads(),
+        )
+        if gx is None:
+            return (found,)
+        return (found, gx) if gy is None else (found, gx, gy)
+
+    return call
 
 
 def _direct_triton(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -298,32 +301,16 @@ def _direct_triton(sides: int, x: Tensor, y: Tensor, options: Sequence[Any]) -> 
     return mmd_launch.mmd(x, y, sides, precision, _pairs(kind, parameters), kind, parameters, estimator)
 
 
-def direct(x: Tensor, y: Tensor, options: Sequence[Any]) -> Call | None:
-    """`call` of unweighted points of one dtype without torch's dispatcher: of a hundred points that and the cases that
-    the general way asks for are a third of the time. None where a kernel cannot take the points as they lie in memory,
-    or something watches what is called."""
-    if not (
-        ((x.is_cpu and y.is_cpu) or (x.is_cuda and y.is_cuda))
-        and type(x) in _PLAIN
-        and type(y) in _PLAIN
-        and x.is_contiguous()
-        and y.is_contiguous()
-        and not (
-            _C._len_torch_dispatch_stack()
-            or _C._are_functorch_transforms_active()
-            or _C._functorch.is_functorch_wrapped_tensor(x)  # kept from a transform that is over
-            or _C._functorch.is_functorch_wrapped_tensor(y)
-            or _C._get_tracing_state()
-            or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
-            or y.is_neg()
-        )
-    ):
-        return None
-    chosen = backend.choose("mmd", "cpu" if x.is_cpu else "cuda")
+@functools.lru_cache(maxsize=256)
+def direct(options: tuple[Any, ...], dtype: torch.dtype, device: str, forced: str | None) -> Call | None:
+    """`call` without torch's dispatcher, for unweighted points of one dtype that lie in memory as they are on a type of
+    device, with what is `backend.forced` there. None where no kernel of ours takes such points."""
+    kind, parameters, estimator, _ = options
+    chosen = backend.choose("mmd", device)
     if chosen == "cpp":
-        return _direct_cpp if x.dtype in _OWN else None
+        return _direct_cpp(dtype, kind, parameters, estimator) if dtype in _OWN else None
     if chosen == "triton":
         from fastgen.kernels import mmd_launch
 
-        return _direct_triton if mmd_launch.fits(x, options[0], options[1]) else None
+        return _direct_triton if mmd_launch.fits(dtype, kind, parameters) else None
     return None

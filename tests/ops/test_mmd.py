@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen import functional as F
+from fastgen.functional.mmd_plain import prepared
 from fastgen.ops import backend
 from fastgen.ops import mmd as ops
 from fastgen.reference import mmd as reference
@@ -98,9 +100,6 @@ def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert called == ["reference"]
 
 
-DIRECT = ("imq", (0.5, 2.0), "unbiased", "ieee")
-
-
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
     [("cpp", torch.float32), ("cpp", torch.float64), ("triton", torch.float32), ("triton", torch.bfloat16)],
@@ -111,7 +110,7 @@ def test_a_direct_call_makes_the_numbers_of_the_op(kernel: str, dtype: torch.dty
     with backend.force(kernel):
         for kind, parameters in (("imq", (0.5, 2.0)), ("imq", (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)), ("energy", ())):
             options = (kind, parameters, "unbiased", "ieee" if kind == "imq" else "tf32x3")
-            direct = ops.direct(x, y, options)
+            direct = ops.direct(options, dtype, "cpu", kernel)
             assert direct is not None
             for sides, op in enumerate((ops.value, ops.value_grad_x, ops.value_grad)):
                 found = op(x, y, *options)
@@ -133,18 +132,22 @@ def test_what_does_not_run_directly(kernel: str) -> None:
         "no memory": x.to("meta"),
         "a subclass": x.as_subclass(Another),
     }
+
+    def short(a: Tensor, b: Tensor, kernel: Any = "imq") -> bool:
+        found = prepared(a, b, kernel, "unbiased", "ieee")
+        return found is not None and found[1] is not ops.call
+
     with backend.force(kernel):
-        assert ops.direct(x, y, DIRECT) is not None
+        assert short(x, y)
+        assert short(torch.nn.Parameter(x), y)
         for what, other in others.items():
-            assert ops.direct(other, y, DIRECT) is None, what
-            assert ops.direct(y, other, DIRECT) is None, what
-        half, wide = (x.half(), y.half()), (x.double(), y.double())
-        assert (ops.direct(*half, DIRECT) is None) == (kernel == "cpp")
-        assert (ops.direct(*wide, DIRECT) is None) == (kernel == "triton")
-        steep = ("polynomial", (17.0, 1.0, 1.0), "unbiased", "ieee")
-        assert (ops.direct(x, y, steep) is None) == (kernel == "triton")
+            assert not short(other, y), what
+            assert not short(y, other), what
+        assert short(x.half(), y.half()) == (kernel == "triton")
+        assert short(x.double(), y.double()) == (kernel == "cpp")
+        assert short(x, y, F.Polynomial(degree=17)) == (kernel == "cpp")
     with backend.force("reference"):
-        assert ops.direct(x, y, DIRECT) is None
+        assert not short(x, y)
 
 
 def test_a_lazy_minus_is_seen() -> None:
