@@ -145,11 +145,12 @@ def check(spec: Spec, target: str) -> dict[str, Any]:
 def specs(families: tuple[str, ...], every: bool) -> Iterator[Spec]:
     for family in families:
         listed: list[Spec] = importlib.import_module(f"fastgen.kernels.{family}").aot_specs()
-        kernels: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for spec in listed:
-            if every or spec.kernel.__name__ not in kernels:
+            runs = {(spec.kernel.__name__, target) for target in TARGETS if target not in spec.never}
+            if every or runs - seen:
                 yield spec
-            kernels.add(spec.kernel.__name__)
+            seen |= runs
 
 
 def main() -> int:

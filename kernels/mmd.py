@@ -7,12 +7,14 @@ writes its own float64 partial sum: no atomics, the same bits every time. What d
 many coordinates and the Hessian's product, is in mmd_slab.py.
 
 In units u = d²/base a pair needs its norms − 2·product, or the product itself where the kernel is polynomial. Padding,
-and pairs that do not count, are at u = inf, where every kernel and its slope are 0.
+and pairs that do not count, are at u = inf, where every kernel and its slope are 0. In the default precision Z is in
+halves (mmd_halves.py), and tensor cores add up the norms too.
 """
 
 import triton
 import triton.language as tl
 from fastgen.kernels.aot import Spec
+from fastgen.kernels.mmd_halves import PARTS, _columns, _dot, _halve, _norm_parts, _rows
 
 NAMES = ("imq_pairs", "imq", "rbf", "rational_quadratic", "laplacian", "energy", "polynomial")
 KINDS = {name: i for i, name in enumerate(NAMES)}  # a polynomial of degree p is POLYNOMIAL + p − 1
@@ -87,22 +89,21 @@ def _power(x, alpha, PTX: tl.constexpr):
 
 @triton.jit
 def _evaluate(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
-    """k and w = −dk/du for u = d²/base ≥ 0; inf gives 0 and 0, NaN gives NaN. `mmd_units.in_units` makes parameters
-    and FORM, which says how the terms of a sum hang together."""
+    """k and w = −dk/du for u = d²/base ≥ 0, of IMQ for 1 + u; inf gives 0 and 0, NaN gives NaN. `mmd_units.in_units`
+    makes parameters and FORM, which says how the terms of a sum hang together."""
     if KIND == IMQ_PAIRS:
         # v = 1/(1 + u), z = v − v²:  k = v + Σ (2v + bz)/(1 + bz),  w = v² (1 + 2R + (1 − 4z) S),
-        # R = Σ 1/(1 + bz), S = Σ b/(1 + bz)², all over their common denominator: polynomials in z, no coefficient < 0.
-        v = _reciprocal(1.0 + u, PTX)
-        vv = v * v
-        z = v - vv
-        r = _reciprocal(_horner(z, parameters, 0, 4), PTX)
-        g = 1.0 + r * _horner(z, parameters, 4, 3)
-        k = v * g + (z * r) * _horner(z, parameters, 7, 3)
-        w = vv * (g + ((1.0 - 4.0 * z) * (r * r)) * _horner(z, parameters, 10, 5))
+        # R = Σ 1/(1 + bz), S = Σ b/(1 + bz)², all over their common denominator: polynomials in z.
+        v = _reciprocal(u, PTX)
+        y = 1.0 - v
+        z = v * y
+        s = v * _reciprocal(_horner(z, parameters, 0, 4), PTX)
+        k = v + s * (_horner(z, parameters, 4, 3) + y * _horner(z, parameters, 7, 3))
+        w = (s * s) * _horner(z, parameters, 10, 7)
     elif KIND == IMQ:
         # Of the least scale v = 1/(1 + u); of another, with a < 1, v/t, t = a + (1 − a)v, where nothing overflows. The
         # terms of a group have a common denominator: polynomials in v, none of whose coefficients is below zero.
-        v = _reciprocal(1.0 + u, PTX)
+        v = _reciprocal(u, PTX)
         k = v
         w = v * v
         for group in tl.static_range(len(FORM) - 1):
@@ -146,11 +147,25 @@ def _evaluate(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.con
     return k, w
 
 
+@triton.jit
+def _slope(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
+    """w alone. Of WAE's scales so that no step of it is one of `_evaluate`'s: in branches beside each other a compiler
+    would take what they share out of them, and keep it in registers that are not there."""
+    if KIND == IMQ_PAIRS:
+        v = _reciprocal(u, PTX)
+        z = v - v * v
+        s = v * _reciprocal(_horner(z, parameters, 0, 4), PTX)
+        w = (s * s) * _horner(z, parameters, 10, 7)
+    else:
+        _, w = _evaluate(u, parameters, KIND, FORM, PTX)
+    return w
+
+
 @triton.jit(do_not_specialize=["n", "m"])
 def _mmd_pack_kernel(
     x_ptr,
     y_ptr,
-    z_ptr,
+    z_ptr,  # bfloat16 where Z is packed in halves
     norm_ptr,  # None where nobody asks
     n,
     m,
@@ -164,8 +179,10 @@ def _mmd_pack_kernel(
     DC: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Z = (points − x₀)·scale in float32, or where not CENTRED points·scale, zeros beyond; and its squared norms (then
-    zeros), inf beyond. A point whose square is over the limit gets NaN."""
+    """Z = (points − x₀)·scale, or where not CENTRED points·scale, zeros beyond; and its squared norms (then zeros), inf
+    beyond. A point whose square is over the limit gets NaN."""
+    SPLIT: tl.constexpr = z_ptr.dtype.element_ty == tl.bfloat16
+    WIDTH: tl.constexpr = 2 * DP + PARTS if SPLIT else DP
     tile = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
     start = (tile * BLOCK).to(tl.int64)
@@ -173,6 +190,7 @@ def _mmd_pack_kernel(
     row = tl.arange(0, BLOCK)
     valid = row < tl.where(is_y, m + padded_n, n) - start
     norm = tl.zeros([BLOCK], tl.float32)
+    z_ptr += (item * padded + start) * WIDTH
     for first in range(0, DP, DC):
         column = first + tl.arange(0, DC)
         inside = column < d
@@ -185,13 +203,23 @@ def _mmd_pack_kernel(
         if CENTRED:
             points -= tl.load(x_ptr + item * n * d + column, mask=inside, other=0.0).to(tl.float32)[None, :]
         z = tl.where(valid[:, None], points * scale, 0.0)  # [BLOCK, DC]
+        place = z_ptr + row[:, None] * WIDTH + column[None, :]
+        if SPLIT:
+            high, low = _halve(z, False)
+            z = high.to(tl.float32) + low.to(tl.float32)  # whose distances are what is measured
+            tl.store(place, high)
+            tl.store(place + DP, low)
+        else:
+            tl.store(place, z)
         norm += tl.sum(z * z, 1)
-        tl.store(z_ptr + (item * padded + start) * DP + row[:, None] * DP + column[None, :], z)
-    if norm_ptr is not None:
-        norm = tl.where(norm <= limit, norm, float("nan"))
-        if not CENTRED:
-            norm -= norm
-        tl.store(norm_ptr + item * padded + start + row, tl.where(valid, norm, float("inf")))
+    norm = tl.where(norm <= limit, norm, float("nan"))
+    if not CENTRED:
+        norm -= norm
+    norm = tl.where(valid, norm, float("inf"))
+    if SPLIT:
+        tl.store(z_ptr + row[:, None] * WIDTH + 2 * DP + tl.arange(0, PARTS)[None, :], _norm_parts(norm))
+    elif norm_ptr is not None:
+        tl.store(norm_ptr + item * padded + start + row, norm)
 
 
 @triton.jit
@@ -243,6 +271,19 @@ def _product(
 
 
 @triton.jit
+def _within_reach(u, row_start, start, shift, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """u, of IMQ 1 + u, no less than it can be; where column − row = shift the pair is put out of reach."""
+    if KIND < POLYNOMIAL:
+        # NaN is kept: a rounded distance below zero is zero, a bad point is not.
+        u = tl.maximum(u, 1.0 if KIND <= IMQ else 0.0, propagate_nan=tl.PropagateNan.ALL)
+    first = row_start + shift
+    if (first < start + BLOCK_N) & (start < first + BLOCK_M):
+        row = first - start + tl.arange(0, BLOCK_M)
+        u = tl.where(tl.arange(0, BLOCK_N)[None, :] == row[:, None], float("inf"), u)
+    return u
+
+
+@triton.jit
 def _expanded(
     product,
     norms,
@@ -254,17 +295,12 @@ def _expanded(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """u of a tile from its inner products; where column − row = shift the pair is put out of reach."""
+    """u of a tile, of IMQ 1 + u, from its inner products; where column − row = shift the pair is put out of reach."""
     if KIND >= POLYNOMIAL:
         u = product + (norms + parameters[0])
     else:
-        # The zero first, and NaN kept: a rounded distance below zero is zero, a bad point is not.
-        u = tl.maximum(norms - 2.0 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    first = row_start + shift
-    if (first < start + BLOCK_N) & (start < first + BLOCK_M):
-        row = first - start + tl.arange(0, BLOCK_M)
-        u = tl.where(tl.arange(0, BLOCK_N)[None, :] == row[:, None], float("inf"), u)
-    return u
+        u = (norms + 1.0 if KIND <= IMQ else norms) - 2.0 * product
+    return _within_reach(u, row_start, start, shift, KIND, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -300,10 +336,16 @@ def _distances(
     return u
 
 
+@triton.jit
+def _lanes(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums of the rows in four parts, each of what one thread has of a tensor core's product."""
+    return tl.sum(tl.sum(tl.reshape(x, [BLOCK_M, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
 @triton.jit(do_not_specialize=["n", "m"])
 def _mmd_grad_kernel(
     z_ptr,
-    norm_ptr,
+    norm_ptr,  # None where Z is in halves, as in the value's kernel
     weight_ptr,  # None, or of Z's points
     coefficients_ptr,  # None, or [items, 3] float64
     gx_ptr,
@@ -331,50 +373,84 @@ def _mmd_grad_kernel(
     """Rows of one tile against all columns of Z: their part of the value and their gradients."""
     tile = tl.program_id(0)
     item = tl.program_id(1).to(tl.int64)
-    z_ptr += item * padded * DP
-    norm_ptr += item * padded
+    SPLIT: tl.constexpr = norm_ptr is None
+    WIDTH: tl.constexpr = 2 * DP + PARTS if SPLIT else DP
+    z_ptr += item * padded * WIDTH
     first = (tile * BLOCK_M).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, DP)
     is_y = first >= padded_n
-    z = tl.load(z_ptr + first * DP + row[:, None] * DP + dim[None, :])  # [BLOCK_M, DP]
-    norm = tl.load(norm_ptr + first + row)
+    if SPLIT:
+        z, z_low, z_norm = _rows(z_ptr, first, 1.0 if KIND <= IMQ else 0.0, DP, BLOCK_M)
+    else:
+        norm_ptr += item * padded
+        z = tl.load(z_ptr + first * DP + row[:, None] * DP + dim[None, :])  # [BLOCK_M, DP]
+        norm = tl.load(norm_ptr + first + row)
     a_xx, a_yy, a_xy = _coefficients(coefficients_ptr, item, n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
-    value = tl.zeros([BLOCK_M], tl.float64)
-    slopes = tl.zeros([BLOCK_M], tl.float32)
+    a_twice = 2.0 * a_same
+    a_other = -2.0 * a_xy
+    pull_same = a_same.to(tl.float32)
+    pull_other = -a_xy.to(tl.float32)
+    value = tl.zeros([BLOCK_M, 4], tl.float64)
+    slopes = tl.zeros([BLOCK_M, 4], tl.float32)
     gradient = tl.zeros([BLOCK_M, DP], tl.float32)
     begin = tl.where(is_y, 0 if TERMS & 4 else padded_n, 0 if TERMS & 1 else padded_n)
     end = tl.where(is_y, padded if TERMS & 2 else padded_n, padded if TERMS & 4 else padded_n)
     for start in range(begin, end, BLOCK_N):
         same = (start >= padded_n) == is_y
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
-        other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + dim[None, :])  # [BLOCK_N, DP]
-        product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
-        u = _distances(
-            product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
-        )
-        k, w = _evaluate(u, parameters, KIND, FORM, PTX)
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + item * padded + start + column)[None, :]
-            k *= weight
-            w *= weight
-        # XY is met from both sides where both have a gradient, and only from X where not.
-        value += tl.sum(k, 1).to(tl.float64) * tl.where(same, a_same, -a_xy if BOTH else -2.0 * a_xy)
-        w *= tl.where(same, a_same, -a_xy).to(tl.float32)
-        slopes += tl.sum(w, 1)
-        gradient = tl.dot(w, other, gradient, input_precision=PRECISION)
+        if SPLIT:
+            other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
+            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low))
+            u = tl.dot(z_norm, tl.trans(other_norm), product)
+            u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
+        else:
+            other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + dim[None, :])
+            product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
+            u = _distances(
+                product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
+            )
+        # Two tiles that meet from both sides count for the value once, from either side as often as from the other; XY
+        # is met only from X where Y has no gradient.
+        block = start // BLOCK_M
+        counted = (block == tile) | ((block > tile) == (((block ^ tile) & 1) == 1))
+        if not BOTH:
+            counted = counted | (not same)
+        share = tl.where(same, tl.where(block == tile, a_same, a_twice), a_other)
+        weight = tl.load(weight_ptr + item * padded + start + column)[None, :] if weight_ptr is not None else 1.0
+        if KIND != IMQ_PAIRS:
+            k, w = _evaluate(u, parameters, KIND, FORM, PTX)
+            value += _lanes(k * weight, BLOCK_M, BLOCK_N).to(tl.float64) * tl.where(counted, share, 0.0)
+        elif counted:
+            k, w = _evaluate(u, parameters, KIND, FORM, PTX)
+            value += _lanes(k * weight, BLOCK_M, BLOCK_N).to(tl.float64) * share
+        else:
+            w = _slope(u, parameters, KIND, FORM, PTX)
+        w *= weight
+        pull = tl.where(same, pull_same, pull_other)
+        slopes += _lanes(w, BLOCK_M, BLOCK_N) * pull
+        if SPLIT:
+            # Added here, and not in the tensor cores, which would round towards zero each time.
+            high, low = _halve(w, PTX)
+            gradient += _dot(high, low, other, other_low) * pull
+        else:
+            gradient = tl.dot(w * pull, other, gradient, input_precision=PRECISION)
     if KIND < POLYNOMIAL:
-        gradient -= slopes[:, None] * z
+        if SPLIT:  # read again, so as not to be in registers all the while
+            place = z_ptr + first * WIDTH + row[:, None] * WIDTH + dim[None, :]
+            z = tl.load(place, eviction_policy="evict_first").to(tl.float32)
+            z += tl.load(place + DP, eviction_policy="evict_first").to(tl.float32)
+        gradient -= tl.sum(slopes, 1)[:, None] * z
     gradient *= gradient_scale
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + item * padded + first + row)
-        value *= weight
+        value *= weight[:, None]
         gradient *= weight[:, None]
     local = tl.where(is_y, first - padded_n, first)
     valid = row < tl.where(is_y, m, n) - local
-    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
+    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, tl.sum(value, 1), 0.0), 0))
     inside = valid[:, None] & (dim < d)[None, :]
     cell = row[:, None] * d + dim[None, :]
     if is_y:
@@ -412,42 +488,53 @@ def _mmd_value_kernel(
     """Rows of one tile against the columns from its own on: the long rows come first, each pair is met once."""
     tile = tl.program_id(0) + first_tile
     item = tl.program_id(1).to(tl.int64)
-    z_ptr += item * padded * DP
-    norm_ptr += item * padded
+    SPLIT: tl.constexpr = norm_ptr is None
+    z_ptr += item * padded * (2 * DP + PARTS if SPLIT else DP)
     first = (tile * BLOCK_M).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     is_y = first >= padded_n
-    norm = tl.load(norm_ptr + first + row)
     a_xx, a_yy, a_xy = _coefficients(coefficients_ptr, item, n, m, ESTIMATOR)
     a_same = tl.where(is_y, a_yy, a_xx)
-    value = tl.zeros([BLOCK_M], tl.float64)
-    if DC == DP:
-        z = tl.load(z_ptr + first * DP + row[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_M, DP]
+    value = tl.zeros([BLOCK_M, 4], tl.float64)
+    if SPLIT:
+        z, z_low, z_norm = _rows(z_ptr, first, 1.0 if KIND <= IMQ else 0.0, DP, BLOCK_M)
+    else:
+        norm_ptr += item * padded
+        norm = tl.load(norm_ptr + first + row)
+        if DC == DP:
+            z = tl.load(z_ptr + first * DP + row[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_M, DP]
     begin = tl.where(is_y, tile * BLOCK_M, tile * BLOCK_M if TERMS & 1 else padded_n)
     end = tl.where(is_y, padded, padded if TERMS & 4 else padded_n)
     for start in range(begin, end, BLOCK_N):
         same = (start >= padded_n) == is_y
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
-        if DC == DP:
-            other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + tl.arange(0, DP)[None, :])
-            product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
+        if SPLIT:
+            other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
+            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low))
+            u = tl.dot(z_norm, tl.trans(other_norm), product)
+            u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
         else:
-            product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            product = _product(z_ptr, first, z_ptr, start, product, DP, DC, BLOCK_M, BLOCK_N, PRECISION)
-        u = _distances(
-            product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
-        )
+            if DC == DP:
+                place = z_ptr + tl.cast(start, tl.int64) * DP
+                other = tl.load(place + column[:, None] * DP + tl.arange(0, DP)[None, :])
+                product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
+            else:
+                product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                product = _product(z_ptr, first, z_ptr, start, product, DP, DC, BLOCK_M, BLOCK_N, PRECISION)
+            u = _distances(
+                product, norm, z_ptr, norm_ptr, tile * BLOCK_M, start, shift, d, parameters, KIND, DP, BLOCK_M, BLOCK_N
+            )
         k, _ = _evaluate(u, parameters, KIND, FORM, PTX)
         if weight_ptr is not None:
             k *= tl.load(weight_ptr + item * padded + start + column)[None, :]
         # A tile against itself meets each of its pairs twice.
         twice = tl.where(start < (tile + 1) * BLOCK_M, a_same, 2.0 * a_same)
-        value += tl.sum(k, 1).to(tl.float64) * tl.where(same, twice, -2.0 * a_xy)
+        value += _lanes(k, BLOCK_M, BLOCK_N).to(tl.float64) * tl.where(same, twice, -2.0 * a_xy)
     if weight_ptr is not None:
-        value *= tl.load(weight_ptr + item * padded + first + row)
+        value *= tl.load(weight_ptr + item * padded + first + row)[:, None]
     valid = row < tl.where(is_y, m + padded_n, n) - first
-    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, value, 0.0), 0))
+    tl.store(partial_ptr + item * partials + tile, tl.sum(tl.where(valid, tl.sum(value, 1), 0.0), 0))
 
 
 def aot_specs() -> list[Spec]:

@@ -17,6 +17,7 @@ SLAB_COLUMNS = 4096
 LARGEST_BATCH = 65535  # of CUDA's second grid axis
 LARGEST_DEGREE = 16  # the power is made of as many multiplications
 ROOTED = ("laplacian", "energy")
+EXACT = (*ROOTED, "polynomial")
 COSTLY = ("rational_quadratic", *ROOTED)  # kernels that need more registers than WAE's seven scales do
 LARGEST = 1.25e34  # square of a point: beyond, a distance that overflows would be taken for one that does not count
 XX, YY, XY = 1, 2, 4
@@ -44,8 +45,11 @@ def fits(dtype: torch.dtype, kind: str, parameters: Sequence[float], second: boo
 
 def generation(x: Tensor) -> str:
     """Which of the targets of `aot` decides: registers of Ampere and of small Blackwells hold what is multiplied too,
-    large ones keep what tensor cores add up in a memory of its own; everything else is launched as Hopper is."""
-    if not x.is_cuda or torch.version.hip is not None:
+    large ones keep what tensor cores add up in a memory of its own; AMD's compiler takes no limit of registers;
+    everything else is launched as Hopper is."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    if not x.is_cuda:
         return "sm_90"
     return _generation(torch.cuda.current_device())
 
@@ -63,11 +67,15 @@ def resident(kind: str, precision: str, on: str) -> int:
     return 64 if kind in COSTLY or on == "sm_80" else 128
 
 
+def halves(kernel: str, precision: str, deep: bool) -> bool:
+    """Whether a kernel gets its points as pairs of bfloat16."""
+    return precision == "bf16x3" and not deep and kernel in ("grad", "value")
+
+
 def product_precision(kind: str, precision: str) -> str:
-    """That of the products of points, where another is asked for."""
-    if kind in ROOTED and precision in ("tf32", "bf16x3"):
-        return "bf16x6"  # d² has to be right to a few units in its last place before its root is taken
-    return precision
+    """That of the products of points, where another is asked for. d² has to be right to a few units in its last place
+    before its root is taken, and so has a polynomial, of which MMD² is a small difference."""
+    return "bf16x6" if kind in EXACT and precision in ("tf32", "bf16x3") else precision
 
 
 def at_zero(kind: str, parameters: Sequence[float], estimator: str) -> int:
@@ -77,10 +85,12 @@ def at_zero(kind: str, parameters: Sequence[float], estimator: str) -> int:
     return len(parameters) - (kind == "rational_quadratic")
 
 
-def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3", on: str = "sm_90") -> dict[str, int]:
-    """Blocks, num_warps and num_stages of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or "bend", which is
-    `_mmd_slope_kernel` for the Hessian. What was searched for was searched with WAE's kernel in the default precision:
-    what needs more registers or shared memory might not run with it."""
+def blocks(
+    kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3", on: str = "sm_90", weighted: bool = False
+) -> dict[str, int]:
+    """Blocks, num_warps, num_stages and perhaps maxnreg of `_mmd_<kernel>_kernel`: "grad", "value", "slope", "pull", or
+    "bend", which is `_mmd_slope_kernel` for the Hessian. What was searched for was searched with WAE's kernel in the
+    default precision: what needs more registers or shared memory might not run with it."""
     narrow = {"BLOCK_M": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if kernel == "bend":
         return {**narrow, "BLOCK_N": 16} if on == "sm_80" else narrow
@@ -88,18 +98,23 @@ def blocks(kernel: str, dp: int, kind: str = "imq", precision: str = "bf16x3", o
         return narrow
     if kernel == "pull":
         return {**narrow, "BLOCK_N": min(dp, 64), "BLOCK_K": 32}
-    searched = kind not in COSTLY and precision == "bf16x3"
+    searched = kind not in COSTLY and precision == "bf16x3" and not weighted
     if searched and (found := tuned.find(f"mmd_{kernel}", f"D={dp}")) is not None:
         return {"BLOCK_M": ROWS, **found}
     if kernel == "grad" and precision == "tf32x3" and on == "sm_80":
         return {**narrow, "BLOCK_N": 16}
     if kernel != "grad" and precision in ("tf32x3", "bf16x6") and on == "sm_80":
-        return {**narrow, "BLOCK_N": 16} if 64 < dp <= 128 else narrow
+        return {**narrow, "BLOCK_N": 16} if 64 < dp <= 128 or kind == "polynomial" else narrow
+    few = kind not in COSTLY and not weighted and dp <= 64
+    if kernel == "grad" and precision == "bf16x3" and few and on == "sm_90":
+        # Loads two tiles ahead, and half of the registers: two programs on a multiprocessor, one of which computes
+        # while the other waits for its tensor cores.
+        return {**narrow, "num_stages": 3, "maxnreg": 128}
     return narrow if kernel == "grad" or 64 < dp <= 128 else {**narrow, "BLOCK_N": 64}
 
 
 class _Packed:
-    """Both samples as Z = [X; Y] in float32, and what every launch is told of them."""
+    """Both samples as Z = [X; Y], in float32 or in halves, and what every launch is told of them."""
 
     def __init__(
         self,
@@ -130,6 +145,7 @@ class _Packed:
         self.inner = kind == "polynomial"
         self.scale = base**-0.5
         self.gradient_scale = 4 * slope * self.scale
+        self.norm: Tensor | None
         self.bend_scale = 1.0 if self.inner else 2 * slope
         degree = int(parameters[0]) if self.inner else 1
         self.options = {
@@ -140,8 +156,13 @@ class _Packed:
             "PRECISION": self.precision,
             "PTX": x.is_cuda and torch.version.hip is None,
         }
-        self.z = x.new_empty(self.items, self.padded, self.dp, dtype=torch.float32)
-        self.norm = x.new_empty(self.items, self.padded, dtype=torch.float32)
+        if halves("grad", self.precision, self.deep or second):
+            width = 2 * self.dp + kernels.PARTS.value
+            self.z = x.new_empty(self.items, self.padded, width, dtype=torch.bfloat16)
+            self.norm = None
+        else:
+            self.z = x.new_empty(self.items, self.padded, self.dp, dtype=torch.float32)
+            self.norm = x.new_empty(self.items, self.padded, dtype=torch.float32)
         self.pack(x, y, self.z, self.norm, LARGEST, not self.inner)
         self.weight: Tensor | None = None
         if x_weight is not None or y_weight is not None:
@@ -317,7 +338,7 @@ def mmd(
                 TERMS=terms,
                 BOTH=sides == 2,
                 **packed.options,
-                **blocks("grad", packed.dp, kind, packed.precision, packed.on),
+                **blocks("grad", packed.dp, kind, packed.precision, packed.on, packed.weight is not None),
             )
         if graded < last:
             kernels._mmd_value_kernel[(last - graded, packed.items)](
@@ -404,11 +425,12 @@ def specs() -> list[Spec]:
 
     def add(name: str, kernel: Any, constants: dict[str, Any], more: dict[str, Any], never: Any = ()) -> None:
         warps, stages = constants["num_warps"], constants["num_stages"]
+        options = {"maxnreg": constants["maxnreg"]} if "maxnreg" in constants else {}
         known = {**types, **more}
         signature = {a: "constexpr" if a in constants else known.get(a, "constexpr") for a in kernel.arg_names}
         constants = {a: v for a, v in constants.items() if a in kernel.arg_names}
         here = tuple(a for a in divisible if a in signature)
-        listed.append(Spec(name, kernel, signature, constants, warps, stages, divisible=here, never=never))
+        listed.append(Spec(name, kernel, signature, constants, warps, stages, options, here, never=never))
 
     absent = {"weight_ptr": None, "coefficients_ptr": None}
     by_stage = {
@@ -424,7 +446,7 @@ def specs() -> list[Spec]:
         pairs = (1.0, 8.1, 3.2, 0.5) if name == "imq_pairs" else None
         *_, parameters, form, _ = in_units(name.removesuffix("_pairs"), LISTED[name], pairs, stage == "bend")
         title = f"{stage} {name} D={dp} {precision}{' weighted' * weighted}"
-        more = {"parameters": ("fp32",) * len(parameters)}
+        more: dict[str, Any] = {"parameters": ("fp32",) * len(parameters)}
 
         def on(target: str) -> dict[str, Any] | None:
             """The constants there; None where it takes slabs instead."""
@@ -441,10 +463,12 @@ def specs() -> list[Spec]:
                 "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
                 "DP": dp,
                 "PRECISION": precision,
-                **blocks(stage, dp, name, precision, target),
+                **blocks(stage, dp, name, precision, target, weighted),
             }
             if not weighted:
                 constants |= absent
+            if halves(stage, precision, deep):
+                constants |= {"norm_ptr": None}
             if stage == "slope":
                 constants |= dict.fromkeys(("v_ptr", "along_ptr"))
             if stage == "bend":
@@ -453,8 +477,10 @@ def specs() -> list[Spec]:
 
         usual = on("sm_90")
         assert usual is not None
-        different = [target for target in ("sm_80", "sm_100") if on(target) != usual]
+        different = [target for target in ("sm_80", "sm_100", "gfx942") if on(target) != usual]
         lacking = ["gfx942"] * (precision == "tf32x3")  # a precision that AMD does not have
+        if "norm_ptr" in usual:
+            more["z_ptr"] = "*bf16"
         add(title, by_stage[stage], usual, more, (*different, *lacking))
         for target in different:
             if (constants := on(target)) is not None:
@@ -468,22 +494,27 @@ def specs() -> list[Spec]:
         launch(stage, "imq_pairs", 512)
     for dtype in ("fp32", "bf16"):
         constants = {"CENTRED": True, "BLOCK": ROWS, "DC": 64, "DP": 64, "num_warps": 4, "num_stages": 2}
-        add(f"pack {dtype}", kernels._mmd_pack_kernel, constants, dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"))
+        more = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+        add(f"pack {dtype}", kernels._mmd_pack_kernel, constants, more)
+        halved = {**constants, "norm_ptr": None}
+        add(f"pack {dtype} halves", kernels._mmd_pack_kernel, halved, {**more, "z_ptr": "*bf16"})
     for stage in ("grad", "value"):
         for dp in (16, 32, 128):
             launch(stage, "imq_pairs", dp)
         launch(stage, "imq_pairs", 64, weighted=True)
-        for name in ("imq", "rbf", "rational_quadratic", "polynomial"):
+        for name in ("imq", "rbf", "rational_quadratic"):
             launch(stage, name, 64)
-        for name in ROOTED:
+        for name in EXACT:
             launch(stage, name, 64, "bf16x6")
-    for name in ("rational_quadratic", "polynomial"):
-        launch("slope", name, 512)
+        launch(stage, "polynomial", 128, "bf16x6")
+    launch("slope", "rational_quadratic", 512)
+    launch("slope", "polynomial", 512, "bf16x6")
     for stage in ("slope", "value", "pull"):
         launch(stage, "laplacian", 128, "bf16x6")
     launch("value", "imq_pairs", 512)
-    for name in ("imq", "rbf", "rational_quadratic", "polynomial"):
+    for name in ("imq", "rbf", "rational_quadratic"):
         launch("bend", name, 64)
+    launch("bend", "polynomial", 64, "bf16x6")
     launch("bend", "imq", 512, weighted=True)
     launch("pull", "imq", 16)
     return [*listed, *mmd_small.specs()]

@@ -36,10 +36,10 @@ def _add_bend(c, v, parameters, FIRST: tl.constexpr, LAST: tl.constexpr, SIZE: t
 
 @triton.jit
 def _bend(u, parameters, KIND: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
-    """d²k/du²; inf gives 0, NaN gives NaN. What `_evaluate` has made is not made again."""
+    """d²k/du², of what `_evaluate` takes; inf gives 0, NaN gives NaN. What `_evaluate` has made is not made again."""
     c = tl.zeros_like(u)
     if KIND == IMQ:
-        v = _reciprocal(1.0 + u, PTX)
+        v = _reciprocal(u, PTX)
         c = 2.0 * v * v * v
         for group in tl.static_range(len(FORM) - 1):
             c = _add_bend(

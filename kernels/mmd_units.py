@@ -52,10 +52,11 @@ def _sum_of(scale: Sequence[float], factors: Sequence[Sequence[float]], power: i
 
 
 def _of_pairs(b: Sequence[float]) -> tuple[float, ...]:
-    """With q_b = 1 + bz: Π q, 2 Σ Π' q, Σ b Π' q and Σ b Π' q², as polynomials in z."""
+    """With q_b = 1 + bz: q = Π q_b, 2 Σ Π' q, Σ b Π' q and q² + 2q Σ Π' q + (1 − 4z) Σ b Π' q², as polynomials in z."""
     q = [(1.0, each) for each in b]
-    two = [2.0] * len(q)
-    return (*_product_of(q), *_sum_of(two, q, 1), *_sum_of(b, q, 1), *_sum_of(b, q, 2))
+    whole, twice, rest = _product_of(q), _sum_of([2.0] * len(q), q, 1), _sum_of(b, q, 1)
+    parts = [_product_of(p) for p in ((whole, whole), (whole, twice), (_sum_of(b, q, 2), (1.0, -4.0)))]
+    return (*whole, *twice, *rest, *(sum(c) for c in itertools.zip_longest(*parts, fillvalue=0.0)))
 
 
 def _of_groups(a: Sequence[float], second: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:

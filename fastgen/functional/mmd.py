@@ -341,10 +341,10 @@ def mmd(
         the side that asks is paid for. The second derivative is an analytic Hessian-vector product, in one pass
         on the CPU and in O((N + M)·D) memory everywhere. On a GPU float64 points, degrees beyond 16 and second
         derivatives of the Laplacian and energy kernels run on blocked matrix products, in full precision; these two
-        take "bf16x6" products where "bf16x3" or "tf32" is asked for, and pairs closer than an eighth of their distance
-        from the centre get their distance from differences. Gradients that do not fit on chip (D > 128 or 64, there or
-        elsewhere) go through 64 MiB of memory, second derivatives through twice that; more than 1024 batch items take
-        64 KiB each.
+        and polynomials take "bf16x6" products where "bf16x3" or "tf32" is asked for, and of these two pairs closer than
+        an eighth of their distance from the centre get their distance from differences. Gradients that do not fit on
+        chip (D > 128 or 64, there or elsewhere) go through 64 MiB of memory, second derivatives through twice that;
+        more than 1024 batch items take 64 KiB each.
 
     Source: Gretton et al., A Kernel Two-Sample Test (JMLR 2012), equations 3 and 5 and lemma 6.
     """
