@@ -121,7 +121,8 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     doubtful = query.new_empty(n, dtype=torch.bool)
 
     # Points of one dtype and shape are launched as they were before; what torch allocates is aligned.
-    key = (query.dtype, query.get_device(), relaunch.aligned(query, database, mask), n, m, d, tuned.changes())
+    aligned = relaunch.aligned(query, database, None if mask is None else allowed)
+    key = (query.dtype, query.get_device(), aligned, n, m, d, tuned.changes())
     masked = {"MASKED": mask is not None, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
     columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
     filtered = {"RESIDENT": resident(blocks), "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, **options}

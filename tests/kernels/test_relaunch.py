@@ -164,6 +164,35 @@ check(calls, mmd_small.mmd, mmd_small._launcher, 2)
 """
 
 
+NEAREST = """
+from fastgen.kernels import nearest_launch
+
+known = nearest_launch._launcher
+
+def ran(launch, arguments):
+    start = len(seen)
+    launch(*arguments)
+    return [(key, grid) for key, grid, _ in seen[start:]]
+
+def same(*call):
+    nearest_launch._launcher = known.__wrapped__  # a new one each time, which has nothing to launch again
+    want = ran(*call)
+    nearest_launch._launcher = known
+    assert ran(*call) == want == ran(*call), "kept for another call"
+
+mask = torch.ones(4 * 4096, dtype=torch.bool)
+for dtype, n, m, d, shift in itertools.product(
+    (torch.float32, torch.bfloat16), (1, 16), (16, 300), (1, 16, 80), (0, 1)
+):
+    q, b = (torch.zeros(k * d + shift, dtype=dtype)[shift:].view(k, d) for k in (n, m))
+    for allowed in (None, mask[: 2 * m : 2], mask[1 : 1 + 2 * m : 2], mask[1 : m + 1], mask[:m]):
+        same(nearest_launch.search, (q, b, allowed))
+    for k in (1, 2):
+        same(nearest_launch.distance, (q, b, torch.zeros(n * k + shift, dtype=torch.int64)[shift:].view(n, k)))
+print(len({key for key, *_ in seen}))
+"""
+
+
 def relaunched(code: str) -> int:
     """What `check` finds, in a process of its own: the kernels that Triton would compile for the calls."""
     pytest.importorskip("triton")
@@ -181,3 +210,7 @@ def test_langevin_steps_are_relaunched_as_triton_would_launch_them() -> None:
 
 def test_small_mmds_are_relaunched_as_triton_would_launch_them() -> None:
     assert relaunched(MMD) > 40
+
+
+def test_searches_are_relaunched_as_triton_would_launch_them() -> None:
+    assert relaunched(NEAREST) > 30
