@@ -299,33 +299,32 @@ def _plan(
     return _Plan((d, scale, 4 * slope * scale, units), constants, object())
 
 
-_kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_kept: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def _stream(x: Tensor) -> tuple[int, int] | None:
-    """The device and its stream that launches go to; None while they are captured."""
+def _device(x: Tensor) -> int | None:
+    """Where launches go to a device's default stream, which cannot be captured: the device; else None."""
     if not x.is_cuda:
-        return -1, 0
-    if torch.cuda.is_current_stream_capturing():
-        return None
+        return -1
     device = x.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
+    return None if torch._C._cuda_getCurrentRawStream(device) else device
 
 
 def _room(x: Tensor, items: int, tiles: int) -> tuple[Tensor, Tensor]:
     """For partial sums, and counters that are zero.
 
-    A launch leaves the counters at zero, and the launches of one stream run one after another: what is kept for a
-    stream serves them all. A graph may be replayed on any stream, beside other work: what is captured has room of its
-    own, made zero within the graph, and no graph runs beside itself."""
-    stream = _stream(x)
-    keeps = stream is not None and items * tiles <= KEPT
-    if keeps and (found := _kept.get(stream)) is not None:
+    A launch leaves the counters at zero, and the launches of one stream run one after another: what is kept for the
+    default stream serves them all. A graph may be replayed on any stream, beside other work: what is captured has room
+    of its own, made zero within the graph, and no graph runs beside itself. So has a launch on any other stream: it may
+    be the rehearsal of a graph, where torch.compile has memory come from a pool that nothing else may keep."""
+    device = _device(x)
+    keeps = device is not None and items * tiles <= KEPT
+    if keeps and (found := _kept.get(device)) is not None:
         return found
     size = KEPT if keeps else items * tiles
     made = x.new_empty(size, dtype=torch.float64), x.new_zeros(size, dtype=torch.int32)
     if keeps:
-        _kept[stream] = made
+        _kept[device] = made
     return made
 
 

@@ -206,17 +206,17 @@ def test_the_largest_samples(oracle: ModuleType) -> None:
 
 
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream's launches share it; what is captured, or large, has its own."""
+    """Launches on a device's default stream share it; what goes elsewhere, or is large, has its own."""
     x = torch.zeros(4, 2)
-    streams: list[tuple[int, int] | None] = [(0, 5), (0, 6), (0, 5), None, None]
+    devices: list[int | None] = [0, 1, 0, None, None]
     monkeypatch.setattr(mmd_small, "_kept", {})
-    monkeypatch.setattr(mmd_small, "_stream", lambda x: streams.pop(0))
+    monkeypatch.setattr(mmd_small, "_device", lambda x: devices.pop(0))
     first, other, again, *captured = (mmd_small._room(x, 2, 3) for _ in range(5))
     assert again is first
     places = [t.data_ptr() for pair in (first, other, *captured) for t in pair]
     assert len(set(places)) == len(places)
     assert all(len(partial) >= 6 and not counters.any() for partial, counters in (first, other, *captured))
-    streams += [(0, 5), (0, 5)]
+    devices += [0, 0]
     large = mmd_small._room(x, mmd_small.KEPT, 2)
     assert len(large[0]) == 2 * mmd_small.KEPT
     assert not large[1].any()
