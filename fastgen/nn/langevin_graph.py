@@ -148,7 +148,8 @@ class Kept:
         budget = 0 if key is None else memory(recorded.chains.x.device) // SHARE
         if key is None or recorded.bytes > budget:
             return
-        recorded.chains.sampler = None  # it holds this: without the circle its death gives the memory back at once
+        # The sampler holds this: without the circle its death gives the memory back at once.
+        recorded.chains.sampler = recorded.chains.freeze = None
         self.found[key] = recorded
         while len(self.found) > KEPT or sum(r.bytes for r in self.found.values()) > budget:
             del self.found[next(iter(self.found))]

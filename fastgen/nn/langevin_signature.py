@@ -34,9 +34,9 @@ _LIBRARIES = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,  # fastgen's own
 )
 _AS_THEY_ARE = frozenset((
-    int, bool, str, bytes, complex, type(None), type(...), range, slice, torch.dtype, torch.device, torch.layout,
-    torch.memory_format, torch.Size, types.BuiltinFunctionType, types.WrapperDescriptorType,
-    types.MethodDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+    int, bool, str, bytes, complex, type(None), type(...), range, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, torch.Size, types.WrapperDescriptorType, types.MethodDescriptorType, torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
 ))  # fmt: skip
 _CONTAINERS = (dict, OrderedDict, tuple, list)
 _NO_MATTER = frozenset(  # of a module, for what it computes; the last are recordings of a sampler's or a loss's own
@@ -178,6 +178,14 @@ class _Look:
             self.found.append(frozenset((type(part), part) for part in value))
         elif isinstance(value, types.FunctionType):
             self._function(value)
+        elif isinstance(value, slice):  # has no hash before Python 3.12
+            self._items((value.start, value.stop, value.step))
+        elif isinstance(value, types.BuiltinFunctionType):
+            if value.__self__ is None or isinstance(value.__self__, (types.ModuleType, type)):  # a function
+                self.found.append(value)
+            else:
+                self.found.append(value.__name__)
+                self.at(value.__self__)
         elif isinstance(value, types.MethodType):
             self.at(value.__func__)
             self.at(value.__self__)

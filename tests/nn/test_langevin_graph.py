@@ -300,6 +300,20 @@ def test_few_are_kept_and_none_outlives_its_sampler(tapes: Any, monkeypatch: pyt
         gc.enable()
 
 
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+def test_a_sampler_that_dies_gives_its_memory_back_at_once(calls: int, tapes: Any) -> None:
+    gc.disable()
+    try:
+        sampler = LangevinSampler(Net(), step_size=0.3, n_steps=5)
+        for seed in range(calls):
+            sampler(torch.randn(2, 3, 4), seed=seed)
+        assert any(tape() is not None for tape in tapes)
+        del sampler
+        assert not any(tape() is not None for tape in tapes)
+    finally:
+        gc.enable()
+
+
 def test_copies_have_no_graphs(tapes: Any) -> None:
     sampler, x = LangevinSampler(Net(), step_size=0.3, n_steps=5), torch.randn(5, 3, 4)
     expected = [sampler(x, seed=0) for _ in range(3)][-1]

@@ -4,6 +4,7 @@ import argparse
 import enum
 import functools
 import math
+import random
 import types
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,8 @@ VALUES: list[tuple[Any, Any]] = [
     (closing(1.0), lambda x: x + 1.0), (lambda x: x * 2.0, lambda x: x * 3.0), (lambda x, y=1: x, lambda x, y=2: x),
     (argparse.Namespace(a=1), argparse.Namespace(a=2)), (types.SimpleNamespace(a=1), types.SimpleNamespace(a=2)),
     (Plain(1), Plain(2)), (Plain(1).__call__, Plain(2).__call__), (nn.ReLU(), nn.SiLU()), (nn.ELU(0.5), nn.ELU(1.5)),
-    ([KEPT, KEPT], [KEPT, KEPT[:]]),
+    ([KEPT, KEPT], [KEPT, KEPT[:]]), (slice(1), slice(2)), (slice(1), slice(1.0)), (KEPT.mul, KEPT[1:].mul),
+    (KEPT.mul, KEPT.add), ({1: 2}.get, {1: 3}.get),
 ]  # fmt: skip
 
 
@@ -111,6 +113,7 @@ def test_others_are_told_apart(pair: tuple[Any, Any]) -> None:
         KEPT.to(META),
         nn.UninitializedParameter(),
         torch.jit.ScriptModule(),
+        random.random,
     ],
     ids=lambda value: type(value).__name__,
 )
