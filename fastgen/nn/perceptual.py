@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
-from fastgen.nn.perceptual_replay import Replays, Target
+from fastgen.nn.perceptual_replay import Recorded, Replays, Target
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def images_of(name: str, value: Any) -> Tensor:
     return checked
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss(Recorded):
     """pixel_weight · mean |x − y| + Σ_l w_l mean |f_l(x) − f_l(y)| + style_weight · Σ_s ‖G_s(x) − G_s(y)‖²
 
     over the feature maps f of a frozen network and their Gram matrices G = f fᵀ / (C H W).
@@ -322,7 +322,7 @@ _GLANN_LAYERS = {
 _GLANN_LEVELS = {16: 2, 28: 3, 32: 3, 64: 4}
 
 
-class GLANNLoss(nn.Module):
+class GLANNLoss(Recorded):
     """GLANN's reconstruction loss: mean |I₁ − I₂| + Σ_l mean |f_l(I₁) − f_l(I₂)|, I = 2x − 1, f of VGG16.
 
     The numbers of the official code for a third of its work: it runs VGG16 on both images and back, twice for the

@@ -14,7 +14,7 @@ from fastgen import check
 from fastgen.functional import perceptual as F
 from fastgen.nn import trunks
 from fastgen.nn.perceptual import Features, entered_target, images_of, kept
-from fastgen.nn.perceptual_replay import Replays, Target
+from fastgen.nn.perceptual_replay import Recorded, Replays, Target
 from fastgen.nn.trunks_conv import scaled
 from fastgen.reference import perceptual as reference
 
@@ -121,7 +121,7 @@ def _sum(shares: list[Tensor]) -> Tensor:
     return value
 
 
-class LPIPS(nn.Module):
+class LPIPS(Recorded):
     """Learned Perceptual Image Patch Similarity: `lpips.LPIPS` with its arguments, shapes, keys and results.
 
     Args: those of lpips 0.1.4, and after them ours.

@@ -164,20 +164,37 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, recording: _Recording, kind: _Kind, compute: Compute, *inputs: Tensor) -> Tensor:
         value, *grads = recording(inputs)
         ctx.kind, ctx.compute = kind, compute
-        ctx.save_for_backward(*inputs, *grads)
+        ctx.save_for_backward(*grads)
+        # For a second order alone: else images may change in place meanwhile, as they may for a network.
+        ctx.inputs, ctx.versions = inputs, [t._version for t in inputs]
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kind, saved = ctx.kind, ctx.saved_tensors
-        inputs, kept = saved[: len(kind.wanted)], saved[len(kind.wanted) :]
+        kind, inputs, kept = ctx.kind, ctx.inputs, ctx.saved_tensors
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.inputs = ()
         found: Sequence[Tensor]
         if torch.is_grad_enabled():  # asked for a second order, which nothing recorded has
+            if [t._version for t in inputs] != ctx.versions:
+                raise RuntimeError("create_graph: expected images as they were in the call, got some changed in place")
             found = torch.autograd.grad(kind.compute(ctx.compute, inputs), kind.chosen(inputs), grad, create_graph=True)
         else:
             found = [(grad.reshape(-1, 1, 1, 1) * one).to(one.dtype) for one in kept]
         rest = iter(found)
         return None, None, None, *(next(rest) if wanted else None for wanted in kind.wanted)
+
+
+class Recorded(nn.Module):
+    """A loss with recordings."""
+
+    _kept: "Replays"
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """A network that goes elsewhere takes its recordings' memory with it."""
+        super()._apply(fn, recurse)
+        self._kept.tidy(self)
+        return self
 
 
 class Replays:
@@ -200,12 +217,20 @@ class Replays:
         self.recordings: dict[_Kind, _Recording] = {}
         self.recorders: dict[Any, Recorder] = {}
 
+    def tidy(self, module: nn.Module) -> None:
+        """Gives back the memory of what serves no longer."""
+        with self.lock:
+            if self.network is not None and not self.network.same(module):
+                self.forget(None)
+
     def __call__(
         self, module: nn.Module, options: tuple[Any, ...], compute: Compute, name: str, x: Tensor, target: Target
     ) -> Tensor:
         """compute(x, target), by a recording where one serves. `options` are what of the module's attributes and of the
         call's arguments `compute` depends on; it reads no other tensors than x, target and the module's own."""
         if torch.compiler.is_compiling() or self.cuda_graph is False or self.failed:
+            return compute(x, target)
+        if getattr(module, "_is_replica", False):  # nn.DataParallel's, made anew each time, with tensors as parameters
             return compute(x, target)
         if self.cuda_graph is True:
             trunks.check_cuda(name, x)

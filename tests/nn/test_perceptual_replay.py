@@ -5,6 +5,7 @@ import copy
 import os
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -179,6 +180,64 @@ def test_second_order(name: str, tapes: list[Tape]) -> None:
     close(second(loss), expected)
     assert [tape.replays for tape in tapes] == [2]
     assert expected[0].abs().max() > 0
+
+
+def test_images_that_change_before_the_backward_pass(tapes: list[Tape]) -> None:
+    """The gradient is there already; a second order has its images no more."""
+    loss, plain, y = lpips(), lpips(cuda_graph=False), images(2, 40, seed=1)
+    warm(loss, images(2, 40).requires_grad_(), y)
+    for of in (plain, loss):
+        x = images(2, 40).requires_grad_()
+        made = x * 1.0
+        value = of(made, y).sum()
+        with torch.no_grad():
+            made.clamp_(0.2, 0.4)
+        found = torch.autograd.grad(value, x, retain_graph=True) if of is loss else torch.autograd.grad(value, x)
+        if of is plain:
+            expected = found
+    close(list(found), list(expected))
+    with pytest.raises(RuntimeError, match=r"create_graph: .* changed in place"):
+        torch.autograd.grad(value, x, create_graph=True)
+    assert tapes[0].replays == 1
+
+
+def test_a_spent_graph_holds_no_images(tapes: list[Tape]) -> None:
+    loss, y = lpips(), images(2, 40, seed=1)
+    warm(loss, images(2, 40).requires_grad_(), y)
+    x = images(2, 40).requires_grad_()
+    made = x * 1.0
+    alive, value = weakref.ref(made), loss(made, y).sum()
+    del made
+    for _ in range(2):
+        value.backward(retain_graph=True)
+    assert alive() is not None
+    value.backward()
+    assert alive() is None
+
+
+def test_memory_of_recordings_is_given_back_when_the_network_moves(tapes: list[Tape]) -> None:
+    loss, x, y = lpips(), images(2, 40), images(2, 40, seed=1)
+    warm(loss, x, y)
+    loss(x, y)
+    recording = weakref.ref(next(iter(loss._kept.recordings.values())))
+    nn.Sequential(loss).float()
+    assert recording() is not None  # nothing has moved
+    nn.Sequential(loss).double()
+    assert recording() is None
+    assert loss._kept.network is None
+
+
+def test_replicas_of_data_parallel_leave_recordings_alone(tapes: list[Tape]) -> None:
+    loss, x, y = lpips(), images(2, 40), images(2, 40, seed=1)
+    warm(loss, x, y)
+    expected = loss(x, y)
+    recordings = dict(loss._kept.recordings)
+    replica = loss._replicate_for_data_parallel()
+    replica.net, replica.lins, replica.scaling_layer = loss.net, loss.lins, loss.scaling_layer
+    close([replica(x, y)], [expected])
+    assert loss._kept.recordings == recordings
+    loss(x, y)
+    assert [tape.replays for tape in tapes] == [2]
 
 
 def test_weights_that_change(tapes: list[Tape]) -> None:
