@@ -217,7 +217,7 @@ class LangevinSampler(nn.Module):
         around = surroundings(x.device)
         options = (self.n_steps, self.method, self.on_divergence, self.prior_scale, self.grad_clip, self.clamp)
         varying = ["varies" if isinstance(c, list) else c for c in columns]
-        chains = (x.device, x.shape, x.dtype, None if chain_id is None else (chain_id.device, chain_id.shape))
+        chains = (type(x), x.device, x.shape, x.dtype, None if chain_id is None else (chain_id.device, chain_id.shape))
         given = (chains, self.cuda_graph is True, varying, options, self.energy)
         key = None if around is None else signature(x.device, *given)
         return None if key is None else (around, key)

@@ -32,7 +32,7 @@ class Chains:
         self.sampler: LangevinSampler | None = sampler
         self.late, self.n_steps = late, sampler.n_steps
         self.block = self.n_steps // math.ceil(self.n_steps / BLOCK) if self.n_steps else 1
-        self.x = torch.empty(x.shape, dtype=x.dtype, device=device)
+        self.x = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.chain_id = None if chain_id is None else torch.empty_like(chain_id)
         self.mala, self.reset = sampler.method == "mala", sampler.on_divergence == "reset"
         self.resets_late = self.reset and not self.mala
@@ -139,6 +139,7 @@ class Chains:
             # A copy: the gradient may be a buffer of the energy's, and steps write here.
             self.grad.copy_(grad)
             ok = energy.isfinite() & _finite(grad)
+            self.told = energy.dtype
             self.energy.copy_(torch.where(ok, energy, math.nan))  # a start without a meaning is never left
             self.record(ok, energy, start=True)
         elif self.resets_late:
@@ -151,7 +152,7 @@ class Chains:
         assert sampler is not None
         key: dict[str, Any] = {"seed": self.seed, "step": self.step, "chain_id": self.chain_id}
         if self.mala:
-            self.keep(self.energy, row)
+            self.keep(self.energy, self.told, row)
             self.proposal.copy_(self.x)
             sampler._step(self.proposal, self.grad, h, s, **key)
             energy, grad = self.gradient(self.proposal)
@@ -170,17 +171,17 @@ class Chains:
                 energy = self.energy.to(energy.dtype)
             elif not (self.kept_tell or math.isfinite(energy.sum())):  # a finite sum clears them all
                 self.record(energy.isfinite(), energy)
-            self.keep(energy, row)
+            self.keep(energy, energy.dtype, row)
             sampler._step(self.x, grad, h, s, **key)
         self.step += 1  # in place where it is a tensor
 
-    def keep(self, energy: Tensor, row: int) -> None:
+    def keep(self, energy: Tensor, dtype: torch.dtype, row: int) -> None:
         """A copy: it may be a view of the state that the step moves."""
         if not self.late:
-            self.listed.append(energy.clone())
+            self.listed.append(energy.to(dtype, copy=True))
             return
         if self.energies is None:
-            self.energies = energy.new_empty(self.block, len(energy))
+            self.energies = energy.new_empty(self.block, len(energy), dtype=dtype)
         self.energies[row].copy_(energy)
 
     def put_back(self, ok: Tensor, grad: Tensor, energy: Tensor) -> Tensor:

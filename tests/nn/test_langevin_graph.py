@@ -300,6 +300,27 @@ def test_few_are_kept_and_none_outlives_its_sampler(tapes: Any, monkeypatch: pyt
         gc.enable()
 
 
+class Own(Tensor):
+    """A kind of tensors that an energy may know."""
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_energies_have_their_dtype_and_states_their_kind(options: dict[str, Any], tapes: Any, loop: Any) -> None:
+    kinds, net = [], Net()
+
+    def energy(x: Tensor) -> Tensor:
+        kinds.append(type(x))
+        return net(x)
+
+    x = torch.randn(5, 3, 4)
+    sampler = LangevinSampler(energy, step_size=0.1, n_steps=5, **options)
+    for kind in (Tensor, Own):
+        for run in (sampler.run, sampler.run, sampler.run, lambda x, **given: loop(sampler, x, **given)):
+            kinds.clear()
+            assert run(x.as_subclass(kind), seed=1).energy.dtype == torch.float32
+            assert set(kinds) <= {kind}
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3, 4])
 def test_a_sampler_that_dies_gives_its_memory_back_at_once(calls: int, tapes: Any) -> None:
     gc.disable()
