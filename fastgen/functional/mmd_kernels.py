@@ -40,7 +40,7 @@ class IMQ:
 
     Args:
         scales: positive; WAE's seven by default, which have a faster kernel of their own (as has every list of seven
-            that is closed under s → 1/s).
+            that is closed under s → 1/s, if none is below 1/64).
         base: positive, in units of squared distance; None means 2·D, the mean squared distance of two points of a
             standard normal.
 

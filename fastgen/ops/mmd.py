@@ -25,6 +25,7 @@ ALL = reference.ALL
 accumulator = reference.accumulator
 coefficients = reference.weights
 _ESTIMATORS = {"unbiased": 0, "biased": 1, "u_statistic": 2}
+LEAST_RATIO = 1 / 64  # of pairs' scales: of much smaller ones the float32 of their common denominator loses digits
 _OWN = (torch.float32, torch.float64)  # dtypes of the C++ kernels
 Call = Callable[[int, Tensor, Tensor, Sequence[Any]], tuple[Tensor, ...]]  # `call` and what `direct` finds
 
@@ -62,7 +63,7 @@ def inverse_pairs(constants: Sequence[float]) -> tuple[float, float, float, floa
     ordered = sorted(constants)
     middle = ordered[3]
     ratios = [ordered[i] / middle for i in range(3)]
-    if any(abs(s * (ordered[6 - i] / middle) - 1) > 1e-15 for i, s in enumerate(ratios)):
+    if ratios[0] < LEAST_RATIO or any(abs(s * (ordered[6 - i] / middle) - 1) > 1e-15 for i, s in enumerate(ratios)):
         return None
     b1, b2, b3 = ((1 - s) ** 2 / s for s in ratios)
     return middle, b1, b2, b3

@@ -87,7 +87,7 @@ VALUES: list[tuple[Any, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", VALUES, ids=str)
+@pytest.mark.parametrize("pair", VALUES, ids=lambda pair: type(pair[0]).__name__)
 def test_others_are_told_apart(pair: tuple[Any, Any]) -> None:
     one, other = (signature(CPU, value) for value in pair)
     assert one is not None

@@ -87,6 +87,7 @@ def test_seven_inverse_scales_are_found_and_others_are_not() -> None:
     assert ops.inverse_pairs([s * 3 for s in reversed(scales)]) is not None
     assert ops.inverse_pairs([0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.001]) is None
     assert ops.inverse_pairs(scales[:6]) is None
+    assert ops.inverse_pairs([1 / 65, 0.2, 0.5, 1.0, 2.0, 5.0, 65.0]) is None
 
 
 def test_the_kernel_is_chosen_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
