@@ -5,6 +5,7 @@ step and replays it. A second call of the kind records as many steps as a graph 
 they are all, start and end with them: from the third on a chain is one launch.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ SHARE = 16  # and of the device's memory no more than one part in so many
 Graph = Any  # torch.cuda.CUDAGraph
 Record = Callable[[torch.device, Callable[[], None], Any], tuple[Graph, int]]
 _streams: dict[torch.device, Any] = {}
+capturing = threading.Lock()  # of which a process may have one at a time
 
 
 def recorder(device: torch.device) -> Record | None:
@@ -37,22 +39,23 @@ def _record(device: torch.device, work: Callable[[], None], earlier: Graph) -> t
     graph = torch.cuda.CUDAGraph()
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
-    caching = torch.is_autocast_cache_enabled()
-    # A weight cast before would be read where it no longer is, and so would cuBLAS's memory: each graph gets its own.
-    torch.set_autocast_cache_enabled(False)
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        pool = None if earlier is None else earlier.pool()  # they never run at once
-        # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
-        capture = torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local")
-        # One that fails does not go back to the stream before.
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
-            before = torch.cuda.memory_reserved(device)
-            work()
-            grown = torch.cuda.memory_reserved(device) - before
-    finally:
-        torch.set_autocast_cache_enabled(caching)
+    with capturing:
+        caching = torch.is_autocast_cache_enabled()
+        # A weight cast before would be read where it no longer is, and so would cuBLAS's memory: each graph has one.
+        torch.set_autocast_cache_enabled(False)
         torch._C._cuda_clearCublasWorkspaces()
+        try:
+            pool = None if earlier is None else earlier.pool()  # they never run at once
+            # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
+            capture = torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local")
+            # One that fails does not go back to the stream before.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
+                before = torch.cuda.memory_reserved(device)
+                work()
+                grown = torch.cuda.memory_reserved(device) - before
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+            torch._C._cuda_clearCublasWorkspaces()
     return graph, grown
 
 

@@ -153,9 +153,9 @@ class LPIPS(Recorded):
         cuda_graph: on CUDA, with frozen networks, "auto" records the value and the images' gradients as one CUDA graph
             when a kind of call (shapes, layouts, dtypes, gradients wanted, autocast, stream) comes for the fourth time
             and has at most 2¹⁸ pixels, and from then on replays it: one launch instead of some hundred, at the price of
-            its memory, which stays taken. Results are copies. Weights may change in place; replaced ones are recorded
-            anew. What cannot be recorded runs as it is: spatial, retPerLayer, one image against many, float16
-            gradients, second orders, hooks; a capture that fails warns. True records at once, whatever the size,
+            its memory, taken until the networks move. Results are copies. Weights may change in place; replaced ones
+            are recorded anew. What cannot be recorded runs as it is: spatial, retPerLayer, one image against many,
+            float16 gradients, second orders, hooks; a capture that fails warns. True records at once, at any size,
             raises where a capture fails and takes CUDA images only; False never records. With compile=True, True means
             torch.compile's mode "reduce-overhead", of the trunk alone, and "auto" nothing.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastgen.nn import trunks
+from fastgen.nn.langevin_graph import capturing
 from fastgen.nn.langevin_signature import surroundings
 
 FIRST_CALLS = 3  # of a kind, which "auto" runs as they are: a recording costs what some ten replays save
@@ -61,7 +62,6 @@ def place_of(x: Tensor) -> Any:
 
 
 _streams: dict[int, tuple[Any, Any]] = {}  # of a device: for what goes before a capture, and for captures
-_capturing = threading.Lock()  # of which a process may have one at a time
 
 
 class Recorder:
@@ -79,7 +79,7 @@ class Recorder:
         current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with _capturing:
+        with capturing:
             self.side.wait_stream(current)
             with torch.cuda.stream(self.side):
                 run()  # loads kernels, which a capture must not

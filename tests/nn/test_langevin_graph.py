@@ -1,6 +1,7 @@
 """Chains that are recorded once and replayed in later calls: on a GPU, and on a tape, which is to a CPU what a CUDA
 graph is to a GPU."""
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fastgen.nn import LangevinRun, LangevinSampler, langevin_graph
+from fastgen.nn import LangevinRun, LangevinSampler, langevin_graph, perceptual_replay
 
 
 class Tape(TorchDispatchMode):
@@ -333,6 +334,22 @@ def test_a_sampler_that_dies_gives_its_memory_back_at_once(calls: int, tapes: An
         assert not any(tape() is not None for tape in tapes)
     finally:
         gc.enable()
+
+
+def test_samplers_and_losses_capture_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured is broken by a thread that waits for the device, as each capture begins."""
+    for name in ("graph", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **more: contextlib.nullcontext())
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(langevin_graph, "_streams", {})
+    locked: list[bool] = []
+    langevin_graph._record(torch.device("cpu"), lambda: locked.append(langevin_graph.capturing.locked()), None)
+    assert locked == [True]
+    assert not langevin_graph.capturing.locked()
+    assert perceptual_replay.capturing is langevin_graph.capturing
 
 
 def test_copies_have_no_graphs(tapes: Any) -> None:

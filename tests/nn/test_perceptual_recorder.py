@@ -69,6 +69,7 @@ def test_how_a_recorder_records(monkeypatch: pytest.MonkeyPatch) -> None:
     user.name = "user"
 
     def run() -> list[Tensor]:
+        assert perceptual_replay.capturing.locked()
         Cuda.said.append(f"run by {Cuda.now.name}")
         return [torch.ones(1)]
 
