@@ -129,6 +129,8 @@ def measure(argv: list[str]) -> int:
             raise ValueError(f"{option}: expected one of {', '.join(known)}, got {unknown[0]!r}")
     only = arguments.provider or (DEMO_PROVIDERS if scale == "demo" else known)
     only = [name for name in only if name not in arguments.without]
+    if not only:
+        raise ValueError(f"--without: expected something to be left, got {', '.join(arguments.without)}")
     content: dict[str, Any] = {"machine": machine.describe(device), "scale": scale, "spent": {}, "rows": []}
     if arguments.resume and Path(arguments.out).exists():
         content |= resumed(results.load(arguments.out), content)

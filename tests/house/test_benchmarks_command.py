@@ -47,6 +47,7 @@ def test_every_family_lists_its_works(harness: ModuleType) -> None:
         (["--device", "cuda"], "no CUDA device"),
         (["--provider", "nobody"], "expected one of"),
         (["--without", "nobody"], "--without: expected one of"),
+        (["--provider", "fastgen", "--without", "fastgen"], "--without: expected something to be left"),
         (["--work", "nothing"], "--work"),
         (["--resume"], "--out"),
         (["--provider", "torch.compile, CUDA graph"], "expected one of"),
