@@ -366,11 +366,7 @@ def compute(
     if x_weight is None and y_weight is None and group is None and y_term is None:
         short = prepared(x, y, kernel, estimator, precision)
         if short is not None:
-            options, call = short
-            if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-                result: Tensor = (_MMD.apply if call is ops.call else _apply_directly)(x, y, options, call)
-                return result
-            return call(0, x, y, options)[0]
+            return evaluate(x, y, *short)
     given = (x, y, kernel, estimator, x_weight, y_weight, precision)
     if group is not None:
         check_group(group)

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgen import check
@@ -15,7 +15,6 @@ from fastgen.ops import mmd as ops
 ESTIMATORS = ("unbiased", "biased", "u_statistic")
 PRECISIONS = ("ieee", "bf16x6", "tf32x3", "bf16x3", "tf32")
 Prepared = tuple[tuple[Any, ...], ops.Call]  # options, and what evaluates them
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,21 +49,6 @@ def prepared(x: Any, y: Any, kernel: Any, estimator: Any, precision: Any) -> Pre
         and (type(kernel) is str or isinstance(kernel, Kernel))
     ):
         return None
-    if (
-        (on_cpu or x.is_cuda)
-        and type(x) in _PLAIN
-        and type(y) in _PLAIN
-        and x.is_contiguous()
-        and y.is_contiguous()
-        and not (
-            _C._len_torch_dispatch_stack()
-            or _C._are_functorch_transforms_active()
-            or _C._functorch.is_functorch_wrapped_tensor(x)  # kept from a transform that is over
-            or _C._functorch.is_functorch_wrapped_tensor(y)
-            or _C._get_tracing_state()
-            or x.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
-            or y.is_neg()
-        )
-    ):
+    if x.is_contiguous() and y.is_contiguous() and backend.runs_directly(x, y):
         return _prepared(kernel, n[-1], estimator, precision, dtype, "cpu" if on_cpu else "cuda", backend.forced)
     return _prepared(kernel, n[-1], estimator, precision)
