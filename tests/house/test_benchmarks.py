@@ -51,12 +51,8 @@ def summing(harness: ModuleType, **more: Any) -> Any:
     return harness.Work(**(arguments | more))
 
 
-def measurer(harness: ModuleType, **more: Any) -> Any:
-    return harness.Measurer(CPU, rounds=4, at_least=0.001, limits={"copy": 1e9, "float32": 1e9}, **more)
-
-
-def test_rows(harness: ModuleType) -> None:
-    run = measurer(harness, memory=lambda work, provider: len(provider))
+def test_rows(harness: ModuleType, measurer: Callable[..., Any]) -> None:
+    run = measurer(memory=lambda work, provider: len(provider))
     rows = {r["provider"]: r for r in run.measure(summing(harness))}
     statuses = dict.fromkeys(("fastgen", "eager"), "ok") | dict.fromkeys(("wrong", "nan", "infinite"), "wrong")
     statuses |= {"missing": "missing", "broken": "failed", "shape": "failed"}
@@ -92,8 +88,8 @@ def test_rounds_are_interleaved_and_the_check_comes_first(harness: ModuleType) -
     assert calls == ["a", "a", "b", "b", *["a", "b"] * 3]
 
 
-def test_a_call_beyond_patience_is_skipped_and_says_so(harness: ModuleType) -> None:
-    run = measurer(harness, patience=0.5)
+def test_a_call_beyond_patience_is_skipped_and_says_so(harness: ModuleType, measurer: Callable[..., Any]) -> None:
+    run = measurer(patience=0.5)
     of = {"series": "sum", "operations": 10.0, "moved": 0.0, "size": {"N": 10}}
     run.rows = [of | {"provider": "eager", "status": "ok", "seconds": 0.01}]
     run.rows.append(of | {"provider": "fastgen", "status": "wrong"})
@@ -118,24 +114,26 @@ def test_what_is_expected_comes_from_the_same_dimension(harness: ModuleType) -> 
     assert harness.expected_seconds(work, "fastgen", rows) == 0.0
 
 
-def test_a_long_warm_call_is_a_round(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_warm_call_is_a_round(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, measurer: Callable[..., Any]
+) -> None:
     calls: list[str] = []
     times = iter(range(0, 10_000, 2))  # each look at the clock comes two seconds after the one before
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(times))
     work = summing(harness, providers={"slow": lambda x: lambda: (calls.append("call"), x.sum())[1]})
-    row = measurer(harness).measure(work)[0]
+    row = measurer().measure(work)[0]
     assert len(calls) == 3  # the check, the warm call, one round more
     assert row["rounds"] == 2
     calls.clear()
-    assert measurer(harness).measure(dataclasses.replace(work, once=True))[0]["rounds"] == 1
+    assert measurer().measure(dataclasses.replace(work, once=True))[0]["rounds"] == 1
     assert len(calls) == 2
     assert row["spent"] > 0
 
 
-def test_out_of_time_leaves_providers(harness: ModuleType) -> None:
+def test_out_of_time_leaves_providers(harness: ModuleType, measurer: Callable[..., Any]) -> None:
     from benchmarks.__main__ import to_do
 
-    row = measurer(harness, until=0.0).measure(summing(harness), ["fastgen"])[0]
+    row = measurer(until=0.0).measure(summing(harness), ["fastgen"])[0]
     assert row["status"] == "skipped"
     assert "out of time" in row["reason"]
     assert to_do(row, 1e-9)
@@ -191,7 +189,7 @@ def test_memory_is_measured_where_the_run_is_ready(harness: ModuleType) -> None:
     assert rows["eager"]["seconds"] > 0
 
 
-def test_peers_are_announced_before_they_are_set_up(harness: ModuleType) -> None:
+def test_peers_are_announced_before_they_are_set_up(harness: ModuleType, measurer: Callable[..., Any]) -> None:
     seen: list[str] = []
 
     def setup(x: Tensor) -> Callable[[], Tensor]:
@@ -199,15 +197,15 @@ def test_peers_are_announced_before_they_are_set_up(harness: ModuleType) -> None
         return lambda: x.sum()
 
     work = summing(harness, providers={"fastgen": setup, "eager": setup})
-    measurer(harness, begins=lambda work, name: seen.append(name)).measure(work)
+    measurer(begins=lambda work, name: seen.append(name)).measure(work)
     assert seen == ["set up", "eager", "set up"]
 
 
-def test_an_oracle_without_memory_is_a_row(harness: ModuleType) -> None:
+def test_an_oracle_without_memory_is_a_row(harness: ModuleType, measurer: Callable[..., Any]) -> None:
     def oracle(x: Tensor) -> Tensor:
         raise RuntimeError("out of memory")
 
-    rows = measurer(harness).measure(summing(harness, oracle=oracle), ["fastgen", "eager"])
+    rows = measurer().measure(summing(harness, oracle=oracle), ["fastgen", "eager"])
     assert [(r["status"], r["reason"]) for r in rows] == [("failed", "the oracle: RuntimeError: out of memory")] * 2
 
 

@@ -13,10 +13,6 @@ from fastgen import functional as F
 CPU = torch.device("cpu")
 
 
-def measurer(harness: ModuleType, **more: Any) -> Any:
-    return harness.Measurer(CPU, rounds=4, at_least=0.001, limits={"copy": 1e9, "float32": 1e9}, **more)
-
-
 def tiny(family: str) -> Any:
     """A small work of each family's own making."""
     from benchmarks import langevin, mmd, nearest, perceptual
@@ -43,10 +39,10 @@ OPS = {
 
 @pytest.mark.parametrize("family", OPS)
 def test_a_kernel_that_is_off_by_one_percent_gets_no_time(
-    family: str, harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    family: str, harness: ModuleType, monkeypatch: pytest.MonkeyPatch, measurer: Callable[..., Any]
 ) -> None:
     only = ["fastgen", "eager", "torch.cdist", "eager, as JEM", "eager, as UvA", "add"]
-    sound = {r["provider"]: r for r in measurer(harness).measure(tiny(family), only)}
+    sound = {r["provider"]: r for r in measurer().measure(tiny(family), only)}
     assert {r["status"] for r in sound.values()} == {"ok"}, sound
     right = getattr(F, OPS[family])
 
@@ -57,7 +53,7 @@ def test_a_kernel_that_is_off_by_one_percent_gets_no_time(
         return found.mul_(1.01) if family == "langevin" else found * 1.01
 
     monkeypatch.setattr(F, OPS[family], off)
-    broken = {r["provider"]: r for r in measurer(harness).measure(tiny(family), only)}
+    broken = {r["provider"]: r for r in measurer().measure(tiny(family), only)}
     assert broken["fastgen"]["status"] == "wrong"
     assert "seconds" not in broken["fastgen"]
     assert broken["eager"]["status"] == "ok"
@@ -115,7 +111,9 @@ def test_one_percent_of_any_part_is_refused(kind: str, harness: ModuleType) -> N
         assert status(lambda inputs, part=part: off(part, inputs)) == "wrong", part
 
 
-def test_a_small_part_of_a_step_that_is_off_is_seen(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_part_of_a_step_that_is_off_is_seen(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, measurer: Callable[..., Any]
+) -> None:
     """One percent of the noise, or of the step, is much less than one percent of the state."""
     right = F.langevin_step_
     for name in ("noise_scale", "step_size"):
@@ -124,7 +122,7 @@ def test_a_small_part_of_a_step_that_is_off_is_seen(harness: ModuleType, monkeyp
             return right(*args, **(kwargs | {name: kwargs[name] * 1.01}))
 
         monkeypatch.setattr(F, "langevin_step_", off)
-        assert measurer(harness).measure(tiny("langevin"), ["fastgen"])[0]["status"] == "wrong", name
+        assert measurer().measure(tiny("langevin"), ["fastgen"])[0]["status"] == "wrong", name
 
 
 def test_a_wrong_row_does_not_hide_behind_the_right_distance(harness: ModuleType) -> None:
