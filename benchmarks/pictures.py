@@ -19,8 +19,14 @@ COLOURS = {
     "flash-kmeans": "#3d5a80",
     "lpips": "#a47148",
     "add": "#000000",
+    "eager, as JEM": "#6d597a",
+    "eager, as UvA": "#b56576",
+    "torchebm": "#2a9d8f",
+    "torchebm, fused step": "#94d2bd",
+    "torch.cdist": "#0f4c5c",
+    "faiss, rows copied": "#9a031e",
 }
-OTHERS = ("#b56576", "#355070", "#6d597a", "#0f4c5c", "#9a031e", "#5f0f40")
+OTHERS = ("#5f0f40", "#bc6c25", "#386641", "#7f5539")
 MARKS = {"mmd": "o", "langevin": "s", "perceptual": "^", "nearest": "D"}
 
 

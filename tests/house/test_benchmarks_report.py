@@ -78,6 +78,14 @@ def test_the_report_of_the_committed_results_is_always_the_same(tmp_path: Path) 
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_peers_of_a_work_have_colours_of_their_own(benchmark: Callable[[str], ModuleType], file: Path) -> None:
+    pictures, results = benchmark("pictures"), benchmark("results")
+    for (_, work), rows in results.grouped(json.loads(file.read_text())["rows"]).items():
+        peers = [row["provider"] for row in rows if not results.ours(row["provider"])]
+        assert len({pictures.colour(peer) for peer in peers}) == len(peers), (work, peers)
+
+
 def test_bars(report: ModuleType) -> None:
     from benchmarks import bars
 
