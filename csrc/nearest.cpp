@@ -131,8 +131,10 @@ double eight_medians(const std::vector<double>& squares) {
 // The mean of some of the rows that may be chosen, of which the far ones are left out: any centre is right, but one that
 // a few outliers have dragged away leaves many candidates.
 template <class T>
-std::vector<T> about_the_mean(const T* database, const std::vector<int64_t>& allowed, int64_t d) {
-    const int64_t step = int64_t(allowed.size()) / 256 + 1, samples = (int64_t(allowed.size()) + step - 1) / step;
+std::vector<T> about_the_mean(const T* database, const std::vector<int64_t>& allowed, int64_t d, const Kernels<T>& kernel) {
+    std::vector<int64_t> rows;
+    for (size_t i = 0; i < allowed.size(); i += allowed.size() / 256 + 1) rows.push_back(allowed[i]);
+    const int64_t samples = int64_t(rows.size());
     std::vector<double> sum(d), square(samples, 0), sorted;
     std::vector<T> centre(d);
     double most = 0;
@@ -142,20 +144,15 @@ std::vector<T> about_the_mean(const T* database, const std::vector<int64_t>& all
         for (int64_t i = 0; i < samples; ++i) {
             if (!(square[i] <= most)) continue;
             ++kept;
-            for (int64_t t = 0; t < d; ++t) sum[t] += database[allowed[i * step] * d + t];
+            for (int64_t t = 0; t < d; ++t) sum[t] += database[rows[i] * d + t];
         }
         for (int64_t t = 0; t < d; ++t) {
             centre[t] = T(sum[t] / std::max<int64_t>(kept, 1));
             if (!std::isfinite(centre[t])) centre[t] = 0;  // a row that is not finite is found below
         }
-        for (int64_t i = 0; i < samples; ++i) {
-            square[i] = 0;
-            for (int64_t t = 0; t < d; ++t) {
-                const double off = double(database[allowed[i * step] * d + t]) - centre[t];
-                square[i] += off * off;
-            }
-            if (std::isnan(square[i])) square[i] = std::numeric_limits<double>::infinity();  // NaN does not sort
-        }
+        kernel.norms(database, rows.data(), 0, samples, d, centre.data(), square.data());
+        for (double& each : square)
+            if (std::isnan(each)) each = std::numeric_limits<double>::infinity();  // NaN does not sort
         sorted = square;
         std::nth_element(sorted.begin(), sorted.begin() + samples / 2, sorted.end());
         most = 16 * sorted[samples / 2];
@@ -272,7 +269,7 @@ NearestStatus run(const NearestProblem& problem) {
     const std::vector<int64_t> allowed = allowed_rows(problem);
     const int64_t size = int64_t(allowed.size());
 
-    const std::vector<T> centre = about_the_mean(database, allowed, d);
+    const std::vector<T> centre = about_the_mean(database, allowed, d, kernel);
     std::vector<double> query_norm(n), norm(size);
 #pragma omp parallel num_threads(threads)
     {
