@@ -53,7 +53,9 @@ class Chains:
         elif self.resets_late:
             self.good_x, self.good_grad = torch.empty_like(self.x), torch.empty_like(self.x)
         self.energies: Tensor | None = None  # [block, C], of the steps of a graph
-        self.rows: list[Tensor | None] = []  # η and s of those steps, where they vary
+        # η and s of those steps, where they vary. One chain's are read where they lie: where that is no multiple of 16
+        # bytes, by another kernel of Triton's, which a capture must not load.
+        self.rows: list[Tensor | None] = []
 
     def begin(
         self,
@@ -92,7 +94,7 @@ class Chains:
         """η and s for recorded steps: a number or a tensor, or a list of numbers that they read from the device."""
         self.columns, self.tables = columns, [self._table(c) if isinstance(c, list) else None for c in columns]
         if not self.rows:
-            self.rows = [None if t is None else t.new_empty(self.block) for t in self.tables]
+            self.rows = [None if t is None else t.new_empty(self.block, 4) for t in self.tables]
 
     def _table(self, column: list[float]) -> Tensor:
         table = torch.tensor(column, dtype=torch.float64 if self.x.dtype == torch.float64 else torch.float32)
@@ -102,10 +104,10 @@ class Chains:
         """Has a recorded step, or as many as are in a graph, be those from `first` on."""
         for row, table in zip(self.rows, self.tables, strict=True):
             if row is not None and table is not None:
-                row[:count].copy_(table[first : first + count])
+                row[:count, 0].copy_(table[first : first + count])
 
     def recorded_step(self, row: int) -> None:
-        h, s = (c if r is None else r[row] for c, r in zip(self.columns, self.rows, strict=True))
+        h, s = (c if r is None else r[row, 0] for c, r in zip(self.columns, self.rows, strict=True))
         self.advance(h, s, row)
 
     def collect(self, first: int, count: int) -> None:

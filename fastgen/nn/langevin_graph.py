@@ -8,7 +8,7 @@ they are all, start and end with them: from the third on a chain is one launch.
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def memory(device: torch.device) -> int:
 
 def _record(device: torch.device, work: Callable[[], None], earlier: Graph) -> tuple[Graph, int]:
     graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if earlier is None else earlier.pool()  # they never run at once
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     with capturing:
@@ -45,7 +46,6 @@ def _record(device: torch.device, work: Callable[[], None], earlier: Graph) -> t
         torch.set_autocast_cache_enabled(False)
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            pool = None if earlier is None else earlier.pool()  # they never run at once
             # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
             capture = torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local")
             # One that fails does not go back to the stream before.
@@ -53,10 +53,25 @@ def _record(device: torch.device, work: Callable[[], None], earlier: Graph) -> t
                 before = torch.cuda.memory_reserved(device)
                 work()
                 grown = torch.cuda.memory_reserved(device) - before
+        except BaseException:
+            with torch.cuda.device(device):
+                end_failed(pool, _streams[device])
+            raise
         finally:
             torch.set_autocast_cache_enabled(caching)
             torch._C._cuda_clearCublasWorkspaces()
     return graph, grown
+
+
+def end_failed(pool: Any, stream: Any) -> None:
+    """Ends, on the current device, a capture that failed: torch 2.11 does so for one that went well alone. Until then
+    its allocator takes one to be under way, frees no memory that several streams have used and empties no cache; and
+    the device's generator, which thinks itself captured, draws no number until the next capture ends well."""
+    with suppress(RuntimeError):  # newer ones have ended it
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            torch.cuda._sleep(1)  # of an empty graph torch warns
 
 
 class Recorded:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastgen.nn import trunks
-from fastgen.nn.langevin_graph import capturing
+from fastgen.nn.langevin_graph import capturing, end_failed
 from fastgen.nn.langevin_signature import surroundings
 
 FIRST_CALLS = 3  # of a kind, which "auto" runs as they are: a recording costs what some ten replays save
@@ -88,6 +88,9 @@ class Recorder:
             try:
                 with torch.cuda.stream(current), capture:  # one that fails does not go back to the stream before
                     outputs = run()
+            except BaseException:
+                end_failed(self.pool, self.stream)
+                raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, outputs

@@ -41,15 +41,17 @@ class Cuda:
             Cuda.now = self.before
 
     class graph:
-        def __init__(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> None:
+        def __init__(self, graph: Any, pool: Any = None, *, stream: Any, capture_error_mode: str) -> None:
             self.stream, self.told = stream, f"{pool}, {capture_error_mode}"
 
         def __enter__(self) -> None:
             Cuda.said.append(f"capture by {self.stream.name}: {self.told}")
-            Cuda.now = self.stream  # and torch's does not go back where its capture fails
+            self.before, Cuda.now = Cuda.now, self.stream
 
-        def __exit__(self, *error: Any) -> None:
+        def __exit__(self, kind: Any, *error: Any) -> None:
             Cuda.said.append("captured")
+            if kind is None:  # torch's does not go back where its capture fails
+                Cuda.now = self.before
 
 
 def test_how_a_recorder_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,10 @@ def test_how_a_recorder_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     clear = "_cuda_clearCublasWorkspaces"
     monkeypatch.setattr(torch._C, clear, lambda: Cuda.said.append("clear"), raising=False)
+    for name in ("endAllocateToPool", "releasePool"):
+        told = lambda device, pool, name=name: Cuda.said.append(f"{name} {pool} of {device}")  # noqa: E731
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", told, raising=False)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Cuda.said.append(f"sleep by {Cuda.now.name}"))
     user.name = "user"
 
     def run() -> list[Tensor]:
@@ -91,5 +97,6 @@ def test_how_a_recorder_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(RuntimeError, match="not permitted"):
         perceptual_replay.Recorder()(fails)
-    assert Cuda.said == [*before, "captured", "clear"]
+    after = ["endAllocateToPool pool of 0", "releasePool pool of 0", "capture by stream 2: None, thread_local"]
+    assert Cuda.said == [*before, "captured", *after, "sleep by stream 2", "captured", "clear"]
     assert Cuda.now is user
