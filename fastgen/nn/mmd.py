@@ -21,8 +21,8 @@ class MMDLoss(nn.Module):
             objects at the same version and place in memory: real data or a prior's draws that serve many steps. Any
             in-place change through torch drops it, and so do `y.data = other` and `module.to(...)` of a y that is the
             module's; a change of the numbers that torch does not count (`y.data.add_`, NumPy, shared memory) goes
-            unseen. A y or y_weight that requires a gradient and calls in a compiled graph are computed whole. The value
-            is equal to rounding.
+            unseen. A y or y_weight that requires a gradient and calls in a compiled graph are computed whole; a CUDA
+            graph makes the sum at each replay. The value is equal to rounding.
 
     Shapes:
         x [N, D] or [B, N, D], y [M, D] or [B, M, D], x_weight and y_weight as `fastgen.functional.mmd` -> [] or [B].
@@ -64,12 +64,14 @@ class MMDLoss(nn.Module):
         # Options are attributes that may be set: the term is of the ones it was made with.
         options = resolve(self.kernel)._op(y.shape[-1]), self.estimator, self.precision
         versions = *map(_state, tensors), options
-        if self._kept is not None:
+        captured = _captured(y)  # a replay does not see that y has changed, nor is this sum there before the first
+        if self._kept is not None and not captured:
             references, then, term = self._kept
             if then == versions and all(r() is t for r, t in zip(references, tensors, strict=True)):
                 return term
         term = own_term(y, kernel=self.kernel, estimator=self.estimator, weight=y_weight, precision=self.precision)
-        self._kept = tuple(weakref.ref(t) for t in tensors), versions, term
+        if not captured:
+            self._kept = tuple(weakref.ref(t) for t in tensors), versions, term
         return term
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,6 +85,10 @@ class MMDLoss(nn.Module):
 def _state(t: Tensor) -> tuple[Any, ...]:
     """What tells that a tensor is not what it was: torch does not count a new `.data` as a change."""
     return t._version, t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _captured(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _counted(value: Any) -> bool:

@@ -68,6 +68,21 @@ def test_the_own_term_of_y_is_kept_while_y_is_the_same(kernel: str, estimator: s
     check(8, y)
 
 
+def test_a_captured_call_makes_the_term_itself(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replayed with whatever y then holds; and its own is no number yet, so that nobody else may take it."""
+    loss, x, y = nn.MMDLoss(cache_y=True), torch.randn(9, 4), torch.randn(7, 4)
+    loss(x, y)
+    with monkeypatch.context() as capture:
+        capture.setattr(module, "_captured", lambda t: True)
+        loss(x, y)
+        kept = loss._kept
+        loss(x, y.clone())
+        assert len(calls) == 3
+        assert loss._kept is kept
+    loss(x, y)
+    assert len(calls) == 3
+
+
 def test_a_kept_term_skips_the_pairs_of_y(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = ops.value
