@@ -80,12 +80,16 @@ class _Grouped(torch.autograd.Function):
 
 
 def _exchange(own: list[int], group: Any) -> list[list[int]]:
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor(own, dtype=torch.int64, device=device)
+    mine = torch.tensor(own, dtype=torch.int64, device=_device(group))
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, mine, group=group)
     found: list[list[int]] = torch.stack(rows).tolist()
     return found
+
+
+def _device(group: Any) -> str:
+    """Of tensors that it takes: of one that was begun without a backend torch.distributed tells no backend's name."""
+    return "cpu" if torch.device("cpu") in group._device_types else "cuda"
 
 
 def _counts(x: Tensor, y: Tensor, options: tuple[Any, ...], weighted: int, group: Any) -> list[tuple[int, int]]:

@@ -32,7 +32,9 @@ def joined() -> Iterator[dict[str, Any]]:
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # What goes round before Lightning has given each process its device, or for good where it trains on the CPU,
+        # would else meet on the first GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
         # A module's buffers are the same everywhere already; sent with every step they would be most of the traffic.

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastgen import functional as F
 from fastgen import nn
+from fastgen.functional import mmd_group
 
 KERNELS = {"imq": F.IMQ(), "energy": F.Energy(), "polynomial": F.Polynomial()}
 CASES = list(itertools.product(KERNELS, ("unbiased", "biased", "u_statistic"), (False, True)))
@@ -142,3 +144,9 @@ def test_what_is_no_group_raises() -> None:
         F.mmd(x, x, group="world")
     with pytest.raises(TypeError, match=r"group: expected a torch\.distributed process group"):
         nn.MMDLoss(group=3)
+
+
+@pytest.mark.parametrize(("takes", "device"), [("cuda", "cuda"), ("cpu", "cpu"), ("cuda cpu", "cpu")])
+def test_counts_travel_on_a_device_that_the_group_takes(takes: str, device: str) -> None:
+    """On GPUs init_process_group() without a name takes CUDA's tensors alone, and its backend is called "undefined"."""
+    assert mmd_group._device(SimpleNamespace(_device_types=[torch.device(one) for one in takes.split()])) == device

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.models import processes
 from fastgen.models.imle_pool import NONE, codes, search_own, search_pool
 
 Apart = Callable[..., list[int | None]]
@@ -105,3 +106,15 @@ def test_any_number_of_processes_finds_the_same(tmp_path: Path, run_apart: Apart
             found = torch.load(tmp_path / f"{radius}-{rank}.pt", weights_only=True)
             for a, b in zip((*one, *own), found, strict=True):
                 assert torch.equal(a, b)
+
+
+def test_on_gpus_processes_talk_before_they_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects and tensors of the CPU go by gloo: with NCCL alone they would pass through the first GPU."""
+    asked: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", asked.append)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: None)
+    with processes.joined() as told:
+        assert (told["devices"], told["num_nodes"]) == (2, 1)
+    assert asked == ["cpu:gloo,cuda:nccl"]
