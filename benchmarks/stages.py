@@ -134,5 +134,7 @@ def outcome_of(done: "subprocess.CompletedProcess[str] | None", fine: tuple[int,
     """pytest's 5 is a file without a test for this device."""
     if done is None:
         return None
-    says = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+    # Pytest's names of what failed end the output; beside them each of its workers may warn of something.
+    out = done.stdout.strip().splitlines()[-12:]
+    says = "\n".join([*out, *done.stderr.strip().splitlines()[len(out) - 15 :]])
     return {"status": "passed" if done.returncode in fine else "failed", "says": says}

@@ -329,6 +329,17 @@ def test_steps_beside_each_other(gpu: ModuleType, tmp_path: Path, capsys: pytest
     assert "1 steps are left" in capsys.readouterr().out
 
 
+def test_a_failed_step_names_what_failed(gpu: ModuleType) -> None:
+    """However much its workers warn of."""
+    out = "\n".join([*(f"trace {i}" for i in range(40)), "FAILED test_a", "FAILED test_b", "2 failed"])
+    warned = "\n".join(f"warning {i}" for i in range(40))
+    says = gpu.outcome_of(subprocess.CompletedProcess([], 1, out, warned), (0,))["says"].splitlines()
+    assert says[-6:] == ["FAILED test_a", "FAILED test_b", "2 failed", "warning 37", "warning 38", "warning 39"]
+    assert len(says) == 15
+    says = gpu.outcome_of(subprocess.CompletedProcess([], 1, "", warned), (0,))["says"].splitlines()
+    assert says == [f"warning {i}" for i in range(25, 40)]
+
+
 def test_the_counters_of_ncu(profile: ModuleType) -> None:
     metric = profile.METRICS
     names = ["ID", "Process ID", "Kernel Name", metric["seconds"], metric["dram bytes"], metric["mufu share"]]
