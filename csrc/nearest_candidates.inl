@@ -73,21 +73,29 @@ struct Group {
         std::fill(packed + 0, packed + rows * pairs, 0);
     }
 
-    // `keys` of some `rows` of the database, some of them at or below the limit.
+    // `keys` of some `rows` of the database, 32 at most, some of them at or below the limit.
     void take(int64_t slot, const int32_t* keys, const int64_t* rows, int64_t columns) {
         const uint8_t* mask = problem.mask_stride ? problem.mask + query_rows[slot] * problem.mask_stride : nullptr;
+        const int32_t within_reach = near[slot];
         if (problem.k == 1) {
             int32_t best = std::numeric_limits<int32_t>::max();
-            for (int64_t c = 0; c < columns; ++c)
-                if (keys[c] < best && keys[c] > near[slot] && (!mask || mask[rows[c]])) best = keys[c];
+            if (mask == nullptr)  // apart, for the compiler to do many at once
+                for (int64_t c = 0; c < columns; ++c) best = std::min(best, keys[c] > within_reach ? keys[c] : best);
+            else
+                for (int64_t c = 0; c < columns; ++c)
+                    if (keys[c] < best && keys[c] > within_reach && mask[rows[c]]) best = keys[c];
             lower(slot, best + 2 * error[slot]);
         }
-        for (int64_t c = 0; c < columns; ++c) {
-            if (keys[c] > limit[slot] || (mask && !mask[rows[c]])) continue;
+        const int32_t most = limit[slot];
+        uint32_t taken = 0;
+        for (int64_t c = 0; c < columns; ++c) taken |= uint32_t(keys[c] <= most) << c;
+        for (; taken; taken &= taken - 1) {
+            const int c = __builtin_ctz(taken);
+            if (mask && !mask[rows[c]]) continue;
             // A row that is rejected already is no answer, nor has it lowered the limit. Leaving it out saves time alone:
             // taken, it would be rejected again by its distance, or stand among the best until k nearer ones were found;
             // where they are not, the caller searches anew. A limit that it set meanwhile held for those k as well.
-            if (keys[c] <= near[slot] && __atomic_load_n(problem.rejected + rows[c], __ATOMIC_RELAXED)) continue;
+            if (keys[c] <= within_reach && __atomic_load_n(problem.rejected + rows[c], __ATOMIC_RELAXED)) continue;
             if (count[slot] == capacity) prune(slot);
             list[slot * capacity + count[slot]++] = {keys[c], rows[c]};
         }
