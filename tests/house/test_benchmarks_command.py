@@ -57,13 +57,26 @@ def test_every_family_lists_its_works(harness: ModuleType) -> None:
         (["--base", "no-such-ref", "--quick"], "git ref"),
     ],
 )
-def test_command_line_refuses(arguments: list[str], says: str) -> None:
+def test_command_line_refuses(
+    harness: ModuleType, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.__main__ import main
+
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is one")
-    command = [sys.executable, "-m", "benchmarks", "mmd", "--no-memory", *arguments]
+    try:
+        status = main(["mmd", "--no-memory", *arguments])
+    except SystemExit as ended:  # argparse's
+        status = int(ended.code or 0)
+    assert status == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_command_s_exit_status_is_main_s() -> None:
+    command = [sys.executable, "-m", "benchmarks", "mmd", "--work", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert "--work" in done.stderr
 
 
 def test_what_a_resumed_run_keeps(harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
