@@ -16,7 +16,8 @@
 //
 // Few queries do not pay for packing the database. They read it once as it is, and their keys are the bits of a float32
 // distance, summed straightforwardly from (q − b)²: floats that are not negative are ordered as their bits are, and the
-// sum's error is relative, which in bits is one number. What follows is the same.
+// sum's error is relative, which in bits is one number. What follows is the same. From six queries on the rows that a
+// scan reads are transposed, a vector's worth at a time, so that no lanes are left to add up for each query.
 #include "nearest.h"
 
 #include <algorithm>
@@ -46,6 +47,10 @@ constexpr double STEPS = 32700;  // the largest norm in units of its scale: 1.5�
 constexpr int64_t BUCKETS = 64;
 constexpr float TINY = 0x1p-100f;  // below it a sum may have lost whole squares
 constexpr int32_t INFINITE = 0x7f800000;
+constexpr int TOGETHER = 8;  // queries of a scan at a time, where it transposes the rows that it reads
+constexpr int64_t DEEP = 128;  // coordinates summed one after the other then
+
+bool transposes(int64_t n, int64_t d) { return n >= 6 && n * d <= 1 << 20; }  // pays from six on, in some MB a thread
 
 int thread_number() {
 #ifdef _OPENMP
@@ -217,7 +222,8 @@ NearestStatus scan(const NearestProblem& problem, const Kernels<T>& kernel, int 
     const int64_t size = problem.mask ? int64_t(allowed.size()) : problem.m;
 
     // Of a float sum: two roundings a step and its square, one a sum; and float32 of the result.
-    const double sums = double(d) / kernel.floats + 10, error = 2 + 1.1 * (sizeof(T) == 4 ? sums + 1 : 3);
+    const double each = transposes(n, d) ? double(std::min(d, DEEP) + d / DEEP) : double(d) / kernel.floats;
+    const double sums = each + 10, error = 2 + 1.1 * (sizeof(T) == 4 ? sums + 1 : 3);
     std::vector<int64_t> order(n), index(threads * n * k), measured(threads * n, 0), bad(threads, -1);
     std::vector<float> distance(threads * n * k);
     std::iota(order.begin(), order.end(), 0);
@@ -265,7 +271,7 @@ NearestStatus run(const NearestProblem& problem) {
     const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
     const Kernels<T> kernel = choose<T>(problem.vnni);
     const int threads = double(n) * m * d < 1 << 18 ? 1 : problem.threads;
-    if (n <= problem.few && !problem.every_pair) return scan<T>(problem, kernel, threads);
+    if (n <= (sizeof(T) == 4 ? problem.few : problem.few / 3) && !problem.every_pair) return scan<T>(problem, kernel, threads);
     const std::vector<int64_t> allowed = allowed_rows(problem);
     const int64_t size = int64_t(allowed.size());
 

@@ -189,6 +189,27 @@ struct Lanes {
         return __builtin_shufflevector(a, b, from(I, false)...) + __builtin_shufflevector(a, b, from(I, true)...);
     }
 
+    // Of a and b, STEP vectors apart, what the next step of a transposition needs: blocks of STEP lanes change places.
+    template <int STEP, bool LATER, int... I>
+    static Vector exchanged(Vector a, Vector b, std::integer_sequence<int, I...>) {
+        constexpr auto from = [](int i) { return i & STEP ? COUNT + i - (LATER ? 0 : STEP) : i + (LATER ? STEP : 0); };
+        return __builtin_shufflevector(a, b, from(I)...);
+    }
+
+    // Lane j of v[i] becomes lane i of v[j].
+    template <int STEP = 1>
+    static void transpose(Vector (&v)[COUNT]) {
+        if constexpr (STEP < COUNT) {
+            for (int i = 0; i < COUNT; ++i) {
+                if (i & STEP) continue;
+                const Vector a = v[i], b = v[i + STEP];
+                v[i] = exchanged<STEP, false>(a, b, std::make_integer_sequence<int, COUNT>());
+                v[i + STEP] = exchanged<STEP, true>(a, b, std::make_integer_sequence<int, COUNT>());
+            }
+            transpose<2 * STEP>(v);
+        }
+    }
+
     // Lane i of the result: the sum of the lanes of v[i].
     template <int STEP = 1>
     static Vector sums(const Vector (&v)[COUNT / STEP]) {
@@ -243,6 +264,62 @@ static inline void distance_bits(const T* query, const T* const* row, int64_t d,
     }
 }
 
+// Squared distances of several queries to COUNT rows, which are transposed once for all of them: a lane is a row.
+template <class T>
+struct Several {
+    using L = Lanes<T>;
+    using Vector = typename L::Vector;
+    static constexpr int COUNT = L::COUNT;
+    const int64_t d, blocks;
+    Aligned<T> query, panel, total;  // query[block][coordinate][TOGETHER], panel[coordinate][row], total[query][row]
+
+    Several(const T* rows, int64_t n, int64_t d)
+        : d(d), blocks((n + TOGETHER - 1) / TOGETHER), query(blocks * TOGETHER * d), panel((DEEP + COUNT) * COUNT),
+          total(blocks * TOGETHER * COUNT) {
+        std::fill(query + 0, query + blocks * TOGETHER * d, T(0));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t t = 0; t < d; ++t) query[(i / TOGETHER * d + t) * TOGETHER + i % TOGETHER] = rows[i * d + t];
+    }
+
+    void measure(const T* const* row) {
+        for (int64_t from = 0; from < d; from += DEEP) {
+            const int64_t depth = std::min(DEEP, d - from);
+            for (int64_t t = 0; t < depth; t += COUNT) {
+                Vector lines[COUNT] = {};
+                for (int l = 0; l < COUNT; ++l)
+                    if (t + COUNT <= depth) lines[l] = L::load(row[l] + from + t);
+                    else std::memcpy(&lines[l], row[l] + from + t, size_t(depth - t) * sizeof(T));
+                L::transpose(lines);
+                std::memcpy(panel + t * COUNT, lines, sizeof lines);
+            }
+            for (int64_t block = 0; block < blocks; ++block) {
+                Vector sum[TOGETHER] = {};
+                const T* q = query + (block * d + from) * TOGETHER;
+                for (int64_t t = 0; t < depth; ++t, q += TOGETHER) {
+                    const Vector b = L::load(panel + t * COUNT);
+#pragma GCC unroll 8
+                    for (int r = 0; r < TOGETHER; ++r) {
+                        const Vector step = b - q[r];
+                        sum[r] += step * step;
+                    }
+                }
+                T* out = total + block * TOGETHER * COUNT;
+                for (int r = 0; r < TOGETHER; ++r, out += COUNT) {
+                    if (from > 0) sum[r] += L::load(out);
+                    std::memcpy(out, &sum[r], sizeof(Vector));
+                }
+            }
+        }
+    }
+
+    void keys(int64_t slot, int32_t* out) const {
+        for (int l = 0; l < COUNT; ++l) {
+            const float distance = float(total[slot * COUNT + l]);
+            std::memcpy(out + l, &distance, sizeof distance);
+        }
+    }
+};
+
 // Rows [begin, end) of the database, or of those that are allowed, once past every query. Returns a row that is not
 // finite, or -1.
 template <class T>
@@ -252,6 +329,8 @@ static int64_t scan(Group& group, const int64_t* allowed, int64_t begin, int64_t
     const T *query = static_cast<const T*>(group.problem.query), *database = static_cast<const T*>(group.problem.database);
     typename Lanes<T>::Integers last;
     for (int l = 0; l < COUNT; ++l) last[l] = d < COUNT || l >= COUNT - d % COUNT ? -1 : 0;
+    const bool together = transposes(group.size, d);
+    Several<T> several(query, together ? group.size : 0, d);
     int64_t rows[COUNT];
     const T* row[COUNT];
     alignas(64) int32_t keys[LANES];
@@ -263,8 +342,10 @@ static int64_t scan(Group& group, const int64_t* allowed, int64_t begin, int64_t
             rows[l] = allowed ? allowed[position] : position;
             row[l] = database + rows[l] * d;
         }
+        if (together) several.measure(row);
         for (int64_t slot = 0; slot < group.size; ++slot) {
-            distance_bits(query + slot * d, row, d, last, keys);
+            if (together) several.keys(slot, keys);
+            else distance_bits(query + slot * d, row, d, last, keys);
             if (slot == 0) {
                 bool finite = true;
                 for (int l = 0; l < COUNT; ++l) finite &= uint32_t(keys[l]) < uint32_t(INFINITE);

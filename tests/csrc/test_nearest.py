@@ -25,7 +25,8 @@ def search(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("n", "m", "d", "k"), [(1, 1, 1, 1), (13, 31, 2, 31), (15, 33, 3, 2), (90, 700, 65, 1), (28, 64, 800, 5)]
+    ("n", "m", "d", "k"),
+    [(1, 1, 1, 1), (13, 31, 2, 31), (15, 33, 3, 2), (5, 90, 33, 3), (90, 700, 65, 1), (28, 64, 800, 5), (6, 37, 256, 1)],
 )
 def test_equals_oracle(oracle, search, dtype, n, m, d, k):
     query, database = torch.randn(n, d, dtype=dtype), torch.randn(m, d, dtype=dtype)
@@ -172,30 +173,34 @@ def test_threads_agree(search):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("n", [2, 9])
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
 @pytest.mark.parametrize("k", [1, 3])
-def test_float_sums_that_err_both_ways(oracle, search, lanes, k):
+def test_float_sums_that_err_both_ways(oracle, search, n, lanes, k):
     """`wrong` loses half an ulp at each of its sums, `right` gains as much: kernels that add in so many lanes see them
     in the other order, a hundred ulps apart."""
     d, ulp = 100 * lanes, 2.0**-23
+    query = torch.zeros(n, d)
     right, wrong = torch.full((1, d), (0.501 * ulp) ** 0.5), torch.full((1, d), (0.499 * ulp) ** 0.5)
     right[:, :lanes], wrong[:, :lanes] = 1, 1 + ulp
     database = torch.cat([wrong.expand(40, d), right.expand(3, d), wrong.expand(200, d)])
-    expected = oracle.nearest(torch.zeros(2, d), database, k)[1]
+    expected = oracle.nearest(query, database, k)[1]
     assert expected[0].tolist() == [40, 41, 42][:k]
-    assert torch.equal(search(torch.zeros(2, d), database, k), expected)
+    assert torch.equal(search(query, database, k), expected)
 
 
+@pytest.mark.parametrize("n", [2, 9])
 @pytest.mark.parametrize("k", [1, 3])
-def test_squares_below_the_least_float(oracle, search, k):
+def test_squares_below_the_least_float(oracle, search, n, k):
     """Each square of `wrong` is lost to float32, together they are 770 times the least number that it has."""
     d, least = 1600, 2.0**-149
+    query = torch.zeros(n, d)
     wrong, right = torch.full((1, d), (0.482 * least) ** 0.5), torch.zeros(1, d)
     right[0, 5] = (700 * least) ** 0.5
     database = torch.cat([wrong.expand(40, d), right.expand(3, d), wrong.expand(200, d)])
-    expected = oracle.nearest(torch.zeros(2, d), database, k)[1]
+    expected = oracle.nearest(query, database, k)[1]
     assert expected[0].tolist() == [40, 41, 42][:k]
-    assert torch.equal(search(torch.zeros(2, d), database, k), expected)
+    assert torch.equal(search(query, database, k), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -206,7 +211,8 @@ def test_every_place_of_what_is_not_finite(search, dtype, d, bad):
         for column in {0, d // 2, d - 1}:
             points = torch.randn(40, d, dtype=dtype)
             points[row, column] = bad
-            for name, operands in (("query", (points, 0 * points[1:2])), ("database", (0 * points[1:2], points))):
+            some, nine = torch.zeros(1, d, dtype=dtype), torch.zeros(9, d, dtype=dtype)
+            for name, operands in (("query", (points, some)), ("database", (some, points)), ("database", (nine, points))):
                 with pytest.raises(ValueError, match=f"{name}: .* in row {row}\\b"):
                     search(*operands)
             mask = torch.ones(40, dtype=torch.bool)
@@ -219,5 +225,6 @@ def test_rows_farther_than_float32_holds(search, dtype):
     """They are finite and no answer; where they are the only ones, the caller looks with float64."""
     database = torch.full((100, 9), 3e38, dtype=dtype)
     database[70] = 1
-    assert search(torch.zeros(3, 9, dtype=dtype), database).tolist() == [[70]] * 3
-    assert search(torch.zeros(3, 9, dtype=dtype), database[:50]) is None
+    for n in (3, 9):
+        assert search(torch.zeros(n, 9, dtype=dtype), database).tolist() == [[70]] * n
+        assert search(torch.zeros(n, 9, dtype=dtype), database[:50]) is None
