@@ -26,7 +26,15 @@ def search(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("n", "m", "d", "k"),
-    [(1, 1, 1, 1), (13, 31, 2, 31), (15, 33, 3, 2), (5, 90, 33, 3), (90, 700, 65, 1), (28, 64, 800, 5), (6, 37, 256, 1)],
+    [
+        (1, 1, 1, 1),
+        (13, 31, 2, 31),
+        (15, 33, 3, 2),
+        (5, 90, 33, 3),
+        (90, 700, 65, 1),
+        (28, 64, 800, 5),
+        (6, 37, 256, 1),
+    ],
 )
 def test_equals_oracle(oracle, search, dtype, n, m, d, k):
     query, database = torch.randn(n, d, dtype=dtype), torch.randn(m, d, dtype=dtype)
@@ -212,7 +220,11 @@ def test_every_place_of_what_is_not_finite(search, dtype, d, bad):
             points = torch.randn(40, d, dtype=dtype)
             points[row, column] = bad
             some, nine = torch.zeros(1, d, dtype=dtype), torch.zeros(9, d, dtype=dtype)
-            for name, operands in (("query", (points, some)), ("database", (some, points)), ("database", (nine, points))):
+            for name, operands in (
+                ("query", (points, some)),
+                ("database", (some, points)),
+                ("database", (nine, points)),
+            ):
                 with pytest.raises(ValueError, match=f"{name}: .* in row {row}\\b"):
                     search(*operands)
             mask = torch.ones(40, dtype=torch.bool)
