@@ -291,6 +291,7 @@ def test_a_cuda_graph_advances_its_step() -> None:
         step.add_(1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # `start` is a copy of x before the first step
     with torch.cuda.stream(side):
         once()
     torch.cuda.current_stream().wait_stream(side)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,50 @@ def test_every_configuration_on_sm_90() -> None:
     for name in ("filter 64", "filter 128"):
         assert rows[name]["registers"] <= 128
         assert 2 * (rows[name]["shared"] + 1024) <= 228 * 1024
+
+
+SASS = """
+from fastgen.kernels import aot, nearest_launch
+
+spec = next(spec for spec in nearest_launch.specs() if spec.name == "filter wide")
+print(aot.disassemble(aot.compile_spec(spec, "sm_90")))
+"""
+
+
+def test_products_on_their_way_are_left_alone() -> None:
+    """The wide filter does not wait for its products before it loads the next tile. Nothing may touch their registers
+    until it has: Triton's own code sets them to zero without a wait, unless LLVM takes that into the branch that has
+    one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SASS]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[2]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    products = [i for i, text in enumerate(code) if "HGMMA.64x256x16.F32" in text]
+    assert len(products) == 64 // 16
+    first = int(re.findall(r"\bR(\d+)", code[products[-1]])[0])
+    seen: set[int] = set()
+    left = [products[-1] + 1]
+    while left:  # wherever it may go from there without a wait
+        i = left.pop()
+        if i in seen or "DEPBAR.LE gsb0, 0x0" in code[i] or "HGMMA" in code[i]:
+            continue
+        seen.add(i)
+        if target := re.search(r"BRA `\((.*)\)", code[i]):
+            left.append(labels[target[1]])
+        if target is None or code[i].startswith("@"):
+            left.append(i + 1)
+    assert any("LDGSTS" in code[i] for i in seen)
+    touched = [code[i] for i in seen if any(first <= int(r) < first + 128 for r in re.findall(r"\bR(\d+)", code[i]))]
+    assert not touched
 
 
 @pytest.mark.gpu
