@@ -45,7 +45,7 @@ namespace {
 constexpr int64_t PANEL_BYTES = 384 << 10;  // of the database at a time: within a core's second-level cache
 constexpr double STEPS = 32700;  // the largest norm in units of its scale: 1.5·STEPS² < 2^31, every coordinate < 2^15
 constexpr int64_t BUCKETS = 64;
-constexpr float TINY = 0x1p-100f;  // below it a sum may have lost whole squares
+constexpr float TINY = 0x1p-80f;  // below it a sum may have lost whole squares, be it 2^20 that were flushed to zero
 constexpr int32_t INFINITE = 0x7f800000;
 constexpr int TOGETHER = 8;  // queries of a scan at a time, where it transposes the rows that it reads
 constexpr int64_t DEEP = 128;  // coordinates summed one after the other then
@@ -271,7 +271,8 @@ NearestStatus run(const NearestProblem& problem) {
     const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
     const Kernels<T> kernel = choose<T>(problem.vnni);
     const int threads = double(n) * m * d < 1 << 18 ? 1 : problem.threads;
-    if (n <= (sizeof(T) == 4 ? problem.few : problem.few / 3) && !problem.every_pair) return scan<T>(problem, kernel, threads);
+    const int64_t few = problem.few * kernel.floats / (sizeof(T) == 4 ? 16 : 48);  // up to there packing costs more
+    if (n <= few && !problem.every_pair) return scan<T>(problem, kernel, threads);
     const std::vector<int64_t> allowed = allowed_rows(problem);
     const int64_t size = int64_t(allowed.size());
 

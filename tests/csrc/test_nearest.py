@@ -211,6 +211,22 @@ def test_squares_below_the_least_float(oracle, search, n, k):
     assert torch.equal(search(query, database, k), expected)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_squares_that_are_flushed_to_zero(oracle, search, k):
+    """Where torch flushes what is not normal, all squares of `wrong` but one are lost to float32, 1450 ulps."""
+    d, query = 1 << 14, torch.zeros(9, 1 << 14)
+    wrong, right = torch.full((1, d), 2.0**-63.25), torch.zeros(1, d)
+    wrong[0, 5], right[0, 5] = 2.0**-50, 2.0**-50 * (1 + 1160 * 2.0**-23) ** 0.5
+    database = torch.cat([wrong.expand(9, d), right.expand(3, d), wrong.expand(20, d)])
+    expected = oracle.nearest(query, database, k)[1]
+    assert expected[0].tolist() == [9, 10, 11][:k]
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(search(query, database, k), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [3, 16, 33])
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
