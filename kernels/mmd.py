@@ -403,7 +403,7 @@ def _mmd_grad_kernel(
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
         if SPLIT:
             other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
-            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low))
+            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low), True)
             u = tl.dot(z_norm, tl.trans(other_norm), product)
             u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
         else:
@@ -434,7 +434,7 @@ def _mmd_grad_kernel(
         if SPLIT:
             # Added here, and not in the tensor cores, which would round towards zero each time.
             high, low = _halve(w, PTX)
-            gradient += _dot(high, low, other, other_low) * pull
+            gradient += _dot(high, low, other, other_low, False) * pull
         else:
             gradient = tl.dot(w * pull, other, gradient, input_precision=PRECISION)
     if KIND < POLYNOMIAL:
@@ -511,7 +511,7 @@ def _mmd_value_kernel(
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
         if SPLIT:
             other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
-            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low))
+            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low), True)
             u = tl.dot(z_norm, tl.trans(other_norm), product)
             u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
         else:
