@@ -5,8 +5,8 @@ has to go back through shared memory. Packed in halves, tiles stream straight fr
 point's norm goes with them as three bfloat16s: the tensor cores' sum then is the distance, norms and all.
 
 A distance takes the low halves' product too. Norms are those of what the halves add up to, so that with it a distance
-is right but for a share of itself and float32's rounding; without it two points of a cluster away from the centre are off
-by 2^-18 of their norms, all pairs of the cluster alike (up to 100 times the error, in value and gradients).
+is right but for a share of itself and float32's rounding. Without it two points of a cluster away from the centre are
+off by 2^-18 of their norms, all pairs of the cluster alike (up to 100 times the error, in value and gradients).
 """
 
 import triton
