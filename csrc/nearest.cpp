@@ -271,7 +271,8 @@ NearestStatus run(const NearestProblem& problem) {
     const T *query = static_cast<const T*>(problem.query), *database = static_cast<const T*>(problem.database);
     const Kernels<T> kernel = choose<T>(problem.vnni);
     const int threads = double(n) * m * d < 1 << 18 ? 1 : problem.threads;
-    const int64_t few = problem.few * kernel.floats / (sizeof(T) == 4 ? 16 : 48);  // up to there packing costs more
+    // Up to there packing costs more: with threads all the more, for it is not all done by all of them.
+    const int64_t few = problem.few * kernel.floats / (sizeof(T) == 4 ? 16 : 48) / (threads > 1 ? 1 : 2);
     if (n <= few && !problem.every_pair) return scan<T>(problem, kernel, threads);
     const std::vector<int64_t> allowed = allowed_rows(problem);
     const int64_t size = int64_t(allowed.size());

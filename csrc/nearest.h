@@ -13,8 +13,8 @@ struct NearestProblem {
     float* distance;   // [n, k]
     int threads;
     bool vnni;  // false: without the VNNI instructions where the processor has them (tests)
-    int64_t few = 48;  // up to so many queries scan the database as it is, in float and where a vector holds 16 of them;
-                       // fewer with narrower ones, a third in double; 0: none do (tests)
+    int64_t few = 96;  // up to so many queries scan the database as it is, in float, where a vector holds 16 of them and
+                       // on several threads; fewer with narrower ones, a third in double, half on one thread; 0: none do
     bool every_pair = false;      // no filter: each allowed pair is measured directly
     double reach = 0;             // a row whose distance to a query that may choose it is below `reach` is rejected:
     uint8_t* rejected = nullptr;  // [m], marked here; null without rejection

@@ -54,7 +54,7 @@ def nearest(
         points too: what float64 tells apart but float32 does not is a tie). A tie goes to the lowest index. So there is
         one answer for any tile, split, chunk, number of threads or device. On the CPU, 16-bit integers of the centred
         points find the candidates and a bound on their rounding proves that no other row can win or tie
-        (csrc/nearest.cpp); for a few queries (AVX-512: 48 in float32, 16 in float64) plain sums do, in one pass over
+        (csrc/nearest.cpp); for few queries (AVX-512: 96 in float32, 32 in float64) plain sums do, in one pass over
         the database as it is; elsewhere float64 matrix products. Neither N·M distances nor float atomics.
         Whether a row is open to doubt is data: on CUDA a call waits for the device and fits in no CUDA graph.
         `distance` is differentiable in query and database, any number of times, for fixed indices: the gradient is
