@@ -111,7 +111,7 @@ def test_halves(name: str, way: str, oracle: ModuleType) -> None:
 def test_in_the_default_precision(name: str, way: str, oracle: ModuleType) -> None:
     """Products of halves in bfloat16, far from the origin; on a line every pair is close, and there are few of them."""
     kind, parameters = KERNELS[name]
-    for items, n, m, d, estimator in ((30, 5, 3, 1, "biased"), (1, 40, 30, 8, "unbiased"), (1, 70, 40, 64, "biased")):
+    for items, n, m, d, estimator in ((8, 5, 3, 1, "biased"), (1, 40, 30, 8, "unbiased"), (1, 70, 40, 64, "biased")):
         x, y = torch.randn(items, n, d) + 100, torch.randn(items, m, d) * 1.2 + 100.3
         want = oracle.mmd(x, y, kind, tuple(parameters), estimator)
         got = run(x, y, name, estimator, 2, precision="bf16x3")
