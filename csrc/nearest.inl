@@ -174,6 +174,13 @@ struct Lanes {
         return v;
     }
 
+    static void float_bits(Vector v, int32_t* out) {
+        for (int l = 0; l < COUNT; ++l) {
+            const float one = float(v[l]);
+            std::memcpy(out + l, &one, sizeof one);
+        }
+    }
+
     // Sums of neighbours, those of a and b: blocks of STEP elements interleaved within 128 bits, then blocks of 128 bits
     // one after the other, so that COUNT vectors end as one, in order, each step two shuffles of one instruction.
     template <int STEP, int... I>
@@ -257,11 +264,7 @@ static inline void distance_bits(const T* query, const T* const* row, int64_t d,
         }
         for (int r = 0; r < AT_ONCE; ++r) sum[first + r] = part[r];
     }
-    const Vector found = L::sums(sum);
-    for (int l = 0; l < L::COUNT; ++l) {
-        const float distance = float(found[l]);
-        std::memcpy(keys + l, &distance, sizeof distance);
-    }
+    L::float_bits(L::sums(sum), keys);
 }
 
 // Squared distances of several queries to COUNT rows, which are transposed once for all of them: a lane is a row.
@@ -312,12 +315,7 @@ struct Several {
         }
     }
 
-    void keys(int64_t slot, int32_t* out) const {
-        for (int l = 0; l < COUNT; ++l) {
-            const float distance = float(total[slot * COUNT + l]);
-            std::memcpy(out + l, &distance, sizeof distance);
-        }
-    }
+    void keys(int64_t slot, int32_t* out) const { L::float_bits(L::load(total + slot * COUNT), out); }
 };
 
 // Rows [begin, end) of the database, or of those that are allowed, once past every query. Returns a row that is not

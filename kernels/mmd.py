@@ -337,6 +337,28 @@ def _distances(
 
 
 @triton.jit
+def _distances_of_halves(
+    z,
+    z_low,
+    z_norm,
+    z_ptr,
+    row_start,
+    start,
+    shift,
+    KIND: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`_distances` of points in halves, `_rows`' with the columns from `start` on; and the columns' halves."""
+    other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    product = _dot(z, z_low, tl.trans(other), tl.trans(other_low), product, True)
+    u = tl.dot(z_norm, tl.trans(other_norm), product)
+    return _within_reach(u, row_start, start, shift, KIND, BLOCK_M, BLOCK_N), other, other_low
+
+
+@triton.jit
 def _lanes(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sums of the rows in four parts, each of what one thread has of a tensor core's product."""
     return tl.sum(tl.sum(tl.reshape(x, [BLOCK_M, BLOCK_N // 8, 4, 2]), 3), 1)
@@ -402,10 +424,9 @@ def _mmd_grad_kernel(
         same = (start >= padded_n) == is_y
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
         if SPLIT:
-            other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
-            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low), True)
-            u = tl.dot(z_norm, tl.trans(other_norm), product)
-            u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
+            u, other, other_low = _distances_of_halves(
+                z, z_low, z_norm, z_ptr, tile * BLOCK_M, start, shift, KIND, DP, BLOCK_M, BLOCK_N
+            )
         else:
             other = tl.load(z_ptr + tl.cast(start, tl.int64) * DP + column[:, None] * DP + dim[None, :])
             product = tl.dot(z, tl.trans(other), input_precision=PRECISION)
@@ -434,7 +455,8 @@ def _mmd_grad_kernel(
         if SPLIT:
             # Added here, and not in the tensor cores, which would round towards zero each time.
             high, low = _halve(w, PTX)
-            gradient += _dot(high, low, other, other_low, False) * pull
+            pulled = _dot(high, low, other, other_low, tl.zeros([BLOCK_M, DP], tl.float32), False)
+            gradient += pulled * pull
         else:
             gradient = tl.dot(w * pull, other, gradient, input_precision=PRECISION)
     if KIND < POLYNOMIAL:
@@ -510,10 +532,9 @@ def _mmd_value_kernel(
         same = (start >= padded_n) == is_y
         shift = _excluded(is_y, same, padded_n, KIND, ESTIMATOR)
         if SPLIT:
-            other, other_low, other_norm = _columns(z_ptr, start, DP, BLOCK_N)
-            product = _dot(z, z_low, tl.trans(other), tl.trans(other_low), True)
-            u = tl.dot(z_norm, tl.trans(other_norm), product)
-            u = _within_reach(u, tile * BLOCK_M, start, shift, KIND, BLOCK_M, BLOCK_N)
+            u, _, _ = _distances_of_halves(
+                z, z_low, z_norm, z_ptr, tile * BLOCK_M, start, shift, KIND, DP, BLOCK_M, BLOCK_N
+            )
         else:
             if DC == DP:
                 place = z_ptr + tl.cast(start, tl.int64) * DP

@@ -74,12 +74,10 @@ def _rows(z_ptr, start, least, DP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, a_low, b, b_low, WHOLE: tl.constexpr):
-    """a·b, the small products first; if WHOLE with that of the low halves."""
+def _dot(a, a_low, b, b_low, total, WHOLE: tl.constexpr):
+    """total + a·b, the small products first; if WHOLE with that of the low halves."""
     if WHOLE:
-        product = tl.dot(a_low, b_low)
-        product = tl.dot(a_low, b, product)
-    else:
-        product = tl.dot(a_low, b)
-    product = tl.dot(a, b_low, product)
-    return tl.dot(a, b, product)
+        total = tl.dot(a_low, b_low, total)
+    total = tl.dot(a_low, b, total)
+    total = tl.dot(a, b_low, total)
+    return tl.dot(a, b, total)

@@ -25,6 +25,7 @@ from fastgen.kernels.mmd import (
     _excluded,
     _expanded,
 )
+from fastgen.kernels.mmd_halves import _dot, _halve
 from fastgen.kernels.mmd_units import in_units
 from torch import Tensor
 
@@ -40,8 +41,7 @@ LARGEST = tl.constexpr(mmd_launch.LARGEST)
 def _halves(z, PRECISION: tl.constexpr):
     """What products are made of: for "bf16x3" two bfloat16, whose sum has 17 bits of z."""
     if PRECISION == "bf16x3":
-        high = z.to(tl.bfloat16)
-        low = (z - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = _halve(z, False)
     else:
         high = z
         low = z
@@ -79,14 +79,10 @@ def _load(
 
 
 @triton.jit
-def _dot(a, a_low, b, b_low, total, WHOLE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a · b, of their halves; if WHOLE with the product of the low ones."""
+def _product(a, a_low, b, b_low, total, WHOLE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a·b, of halves as `_dot`."""
     if PRECISION == "bf16x3":
-        if WHOLE:
-            total = tl.dot(a_low, b_low, total)
-        total = tl.dot(a_low, b, total)
-        total = tl.dot(a, b_low, total)
-        total = tl.dot(a, b, total)
+        total = _dot(a, a_low, b, b_low, total, WHOLE)
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
@@ -197,7 +193,7 @@ def _mmd_small_kernel(
                 columns_ptr, start, columns, d, scale, centre, KIND, BLOCK_N, DP, PRECISION
             )
             product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            product = _dot(z_high, z_low, tl.trans(other), tl.trans(other_low), product, True, PRECISION)
+            product = _product(z_high, z_low, tl.trans(other), tl.trans(other_low), product, True, PRECISION)
             norms = norm[:, None] + other_norm[None, :]
             u = _expanded(product, norms, first, start, shift, parameters, KIND, BLOCK_M, BLOCK_N)
             if KIND >= LAPLACIAN and KIND < POLYNOMIAL:
@@ -217,7 +213,7 @@ def _mmd_small_kernel(
                 w *= slope_scale
                 slopes += w
                 w, w_low = _halves(w, PRECISION)
-                gradient = _dot(w, w_low, other, other_low, gradient, False, PRECISION)
+                gradient = _product(w, w_low, other, other_low, gradient, False, PRECISION)
         value += tl.sum(total, 1).to(tl.float64) * a
     if KIND < POLYNOMIAL:
         gradient -= tl.sum(slopes, 1)[:, None] * z
