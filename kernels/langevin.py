@@ -4,6 +4,7 @@ fastgen/reference/langevin.py specifies stream v1. Every float operation is roun
 each launch), so that the bits are those of the CPU.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastgen.kernels.aot import Spec
 from torch import Tensor
 
 WARPS = 4
+FLAGS = ("NOISE", "PRIOR", "CLIP", "CLAMP", "NOISE_FIRST")
 OPTIONS = {"enable_fp_fusion": False}  # set, never inherited: Triton's default is changing
 
 
@@ -230,35 +232,28 @@ def _launch(
     seed_tensor: Tensor | None,
     step_tensor: Tensor | None,
     scalars: tuple[float, ...],
-    flags: dict[str, Any],
+    flags: tuple[bool, ...],
     seed: int,
     step: int,
     table: tuple[int, bool] | None,
 ) -> None:
-    chains = len(x)
-    if x.numel() == 0:
+    size = x.numel()
+    if size == 0:
         return
-    elements = x.numel() // chains
+    chains = len(x)
+    elements = size // chains
     tensors = (x, grad, lookahead_out, None, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor)
     numbers = (_signed(seed), _signed(seed >> 32), _signed(step), chains, elements, *scalars)
     # `step_sizes` and what follows it have the types that x's dtype says.
-    key = (
-        x.dtype,
-        x.get_device(),
-        relaunch.aligned(*tensors),
-        chains,
-        elements,
-        *flags.values(),
-        table,
-        tuned.changes(),
-    )
+    key = (x.dtype, x.get_device(), relaunch.aligned(*tensors), chains, elements, flags, table, tuned.changes())
     with torch.cuda.device_of(x):
         if stats is None and _launcher.again(key, (*tensors, *numbers)):
             return
         groups, one_chain = launch.langevin(elements, whole=stats is not None) if table is None else table
         of_chain = -(-elements // 4)
         programs = chains * -(-of_chain // groups) if one_chain else -(-chains * of_chain // groups)
-        options = {**flags, **_shape(x.dtype, chains, elements, groups, one_chain), "num_warps": WARPS, **OPTIONS}
+        constants = _constants(flags, x.dtype, chains, elements, groups, one_chain)
+        options = {**constants, "num_warps": WARPS, **OPTIONS}
         if stats is None:
             _launcher.first(key, (programs,), (*tensors, *numbers), options)
             return
@@ -268,8 +263,11 @@ def _launch(
     stats[:, 0].sqrt_()
 
 
-def _shape(dtype: torch.dtype, chains: int, elements: int, groups: int, one_chain: bool) -> dict[str, Any]:
+def _constants(
+    flags: tuple[bool, ...], dtype: torch.dtype, chains: int, elements: int, groups: int, one_chain: bool
+) -> dict[str, Any]:
     return {
+        **dict(zip(FLAGS, flags, strict=True)),
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "GROUPS": groups,
         "ONE_CHAIN": one_chain,
@@ -301,19 +299,19 @@ def step_(
     table: tuple[int, bool] | None = None,
 ) -> None:
     """Contiguous tensors, stats [C, 3] float64; `table` overrides the launch table."""
-    flags = {
-        "NOISE": noise_scales is not None or noise_scale != 0,
-        "PRIOR": precision != 0,
-        "CLIP": grad_clip != float("inf"),
-        "CLAMP": low != float("-inf") or high != float("inf"),
-        "NOISE_FIRST": noise_first,
-    }
+    flags = (
+        noise_scales is not None or noise_scale != 0,
+        precision != 0,
+        grad_clip != math.inf,
+        low != -math.inf or high != math.inf,
+        noise_first,
+    )
     scalars = (step_size, noise_scale, precision, grad_clip, low, high, lookahead)
     tensors = (lookahead_out, stats, chain_id, step_sizes, noise_scales, seed_tensor, step_tensor)
     _launch(x, grad, *tensors, scalars, flags, seed, step & 0xFFFFFFF, table)
 
 
-_NOISE_ALONE = {"NOISE": True, "PRIOR": False, "CLIP": False, "CLAMP": False, "NOISE_FIRST": False}
+_NOISE_ALONE = (True, False, False, False, False)
 
 
 def noise_(
@@ -338,7 +336,7 @@ def aot_specs() -> list[Spec]:
     kinds = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
     kinds[torch.int32] = "i32"
 
-    def spec(name: str, dtype: torch.dtype, elements: int, present: tuple[str, ...], flags: dict[str, Any]) -> Spec:
+    def spec(name: str, dtype: torch.dtype, elements: int, present: tuple[str, ...], flags: tuple[bool, ...]) -> Spec:
         of_state = kinds[dtype]
         types = dict.fromkeys(["x", "grad", "lookahead"], of_state)
         types |= dict.fromkeys(["step_sizes", "noise_scales"], "fp64" if of_state == "fp64" else "fp32")
@@ -347,14 +345,14 @@ def aot_specs() -> list[Spec]:
         signature |= dict.fromkeys(["seed_lo", "seed_hi", "step_word", "chains", "elements"], "i32")
         signature |= dict.fromkeys(numbers, "fp64")
         constexprs: dict[str, Any] = {f"{p}_ptr": None for p in pointers if p not in present}
-        constexprs |= {**flags, **_shape(dtype, 2, elements, *launch.langevin(elements, "partial" in present))}
-        signature |= dict.fromkeys([*flags, "COMPUTE", "GROUPS", "ONE_CHAIN", "WHOLE_GROUPS", "ROW"], "constexpr")
+        constants = _constants(flags, dtype, 2, elements, *launch.langevin(elements, "partial" in present))
+        constexprs |= constants
+        signature |= dict.fromkeys(constants, "constexpr")
         divisible = ("elements",) if elements % 16 == 0 else ()
         return Spec(name, _langevin_kernel, signature, constexprs, WARPS, options=dict(OPTIONS), divisible=divisible)
 
     image, both = 3 * 32 * 32, ("x", "grad")
-    flags = {"NOISE": True, "PRIOR": True, "CLIP": False, "CLAMP": True, "NOISE_FIRST": False}
-    every = {**flags, "CLIP": True, "NOISE_FIRST": True}
+    flags, every = (True, True, False, True, False), (True,) * 5
     unsummed = tuple(pointer for pointer in pointers if pointer != "partial")
     floats = {dtype: kind for dtype, kind in kinds.items() if dtype.is_floating_point}
     from fastgen.kernels import langevin_mala

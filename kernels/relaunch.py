@@ -47,4 +47,4 @@ class Relaunch:
 
 def aligned(*tensors: Tensor | None) -> tuple[bool | None, ...]:
     """Of each tensor what Triton specialises on; None where it is not there."""
-    return tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
+    return tuple([None if t is None else t.data_ptr() % 16 == 0 for t in tensors])  # a list: twice as soon

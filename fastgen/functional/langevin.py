@@ -85,8 +85,7 @@ def langevin_step_(
         raise RuntimeError(f"{name}: langevin_step_ is not differentiable; detach it, or call under torch.no_grad()")
     if stats is not None:
         _statistics(stats, x)
-    low, high = _interval(clamp)
-    step_sizes, noise_scales, scalars = _scales(x, step_size, noise_scale, prior_scale, grad_clip)
+    step_sizes, noise_scales, scalars, interval = _scales(x, clamp, step_size, noise_scale, prior_scale, grad_clip)
     beta, out = 0.0, None
     if lookahead is not None:
         beta, out = _lookahead(lookahead, x)
@@ -94,7 +93,7 @@ def langevin_step_(
     key = _key(x, seed, step, chain_id)
     tensors = (x, grad, key[0], step_sizes, noise_scales, key[1], key[2], out, stats)
     run = _ops.direct if _ops.runs_directly(*tensors) else _ops.step_
-    run(*tensors, *scalars, low, high, beta, bool(noise_first), key[3], key[4])
+    run(*tensors, *scalars, *interval, beta, bool(noise_first), key[3], key[4])
     return x
 
 
@@ -151,7 +150,7 @@ def _state(name: str, x: Any) -> None:
     check.tensor(name, x)
     if x.ndim == 0:
         raise ValueError(f"{name}: expected [C, ...] with chains in dimension 0, got a 0-d tensor")
-    if x.ndim > 1 and math.prod(x.shape[1:]) > _ELEMENTS:
+    if x.numel() > _ELEMENTS and math.prod(x.shape[1:]) > _ELEMENTS:
         raise ValueError(f"{name}: expected at most 2**34 elements a chain, got shape {list(x.shape)}")
 
 
@@ -213,7 +212,7 @@ def _interval(clamp: Any) -> tuple[float, float]:
     high = math.inf if clamp[1] is None else check.number("clamp[1]", clamp[1], dtype=torch.float64)
     if low > high:
         raise ValueError(f"clamp: expected low <= high, got {clamp!r}")
-    return low, high
+    return low + 0.0, high + 0.0  # of two zeros the positive one: to `_scales_of_numbers` they are the same
 
 
 def _vector(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,27 +233,38 @@ def _per_chain(
     return check.number(name, value, dtype=dtype, **bounds), None
 
 
-_Scales = tuple[Tensor | None, Tensor | None, tuple[float, float, float, float]]
+_Scales = tuple[Tensor | None, Tensor | None, tuple[float, float, float, float], tuple[float, float]]
+_NUMBERS = frozenset({float, int, type(None)})
 
 
-def _scales(x: Tensor, *given: Any) -> _Scales:
-    """(η and s for each chain, or None; η, s, 1/σ², c): step_size, noise_scale, prior_scale and grad_clip as the ops
-    want them."""
+def _scales(x: Tensor, clamp: Any, *given: Any) -> _Scales:
+    """(η and s for each chain, or None; η, s, 1/σ², c; low, high): step_size, noise_scale, prior_scale and grad_clip as
+    the ops want them, and clamp."""
     compute = _ops.compute_dtype(x.dtype)
-    if not torch.compiler.is_compiling() and all(v is None or type(v) in (float, int) for v in given):
-        return _scales_of_numbers(compute, *given)
-    return _checked_scales(x, compute, *given)
+    ends = (None, None) if clamp is None else clamp
+    if type(ends) is tuple and not torch.compiler.is_compiling() and _NUMBERS.issuperset(map(type, (*given, *ends))):
+        return _scales_of_numbers(compute, *given, *ends)
+    return _checked_scales(x, compute, clamp, *given)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _scales_of_numbers(compute: torch.dtype, *given: Any) -> _Scales:
+def _scales_of_numbers(
+    compute: torch.dtype, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any, *clamp: Any
+) -> _Scales:
     """A chain has the same ones at every step."""
-    return _checked_scales(None, compute, *given)
+    return _checked_scales(None, compute, clamp, step_size, noise_scale, prior_scale, grad_clip)
 
 
 def _checked_scales(
-    x: Tensor | None, compute: torch.dtype, step_size: Any, noise_scale: Any, prior_scale: Any, grad_clip: Any
+    x: Tensor | None,
+    compute: torch.dtype,
+    clamp: Any,
+    step_size: Any,
+    noise_scale: Any,
+    prior_scale: Any,
+    grad_clip: Any,
 ) -> _Scales:
+    interval = _interval(clamp)
     clip = math.inf if grad_clip is None else check.number("grad_clip", grad_clip, above=0.0, dtype=torch.float64)
     h, step_sizes = _per_chain("step_size", step_size, x, compute, above=0.0)
     precision = 0.0
@@ -271,7 +281,7 @@ def _checked_scales(
             noise_scales = (2.0 * step_sizes.double()).sqrt().to(compute)
     else:
         s, noise_scales = _per_chain("noise_scale", noise_scale, x, compute, least=0.0)
-    return step_sizes, noise_scales, (h, s, precision, clip)
+    return step_sizes, noise_scales, (h, s, precision, clip), interval
 
 
 def _statistics(stats: Any, x: Tensor) -> None:

@@ -71,7 +71,7 @@ def langevin_accept_(
             raise RuntimeError(f"{name}: langevin_accept_ is not differentiable; detach it")
     if isinstance(noise_scale, (int, float)):
         check.number("noise_scale", noise_scale, above=0.0, dtype=torch.float64)
-    step_sizes, noise_scales, scalars = _scales(x, step_size, noise_scale, prior_scale, grad_clip)
+    step_sizes, noise_scales, scalars, _ = _scales(x, None, step_size, noise_scale, prior_scale, grad_clip)
     key = _key(x, seed, step, chain_id)
     log_alpha, accepted = torch.ops.fastgen.langevin_accept_(
         *given.values(), key[0], step_sizes, noise_scales, key[1], key[2], *scalars, key[3], key[4]

@@ -352,6 +352,22 @@ def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception]
     assert torch.equal(x, torch.ones(2, 3))
 
 
+def test_numbers_seen_before_are_told_apart() -> None:
+    """What was checked once is kept: a later call with what merely equals it is a call of its own."""
+    x, grad = draw(2, 3)
+    low = torch.full_like(x, -2.0)
+    for clamp in ((0.0, 1.0), (-0.0, 1.0), [0, 1]):
+        got = F.langevin_step_(low.clone(), grad * 0, step_size=1.0, noise_scale=0.0, seed=0, clamp=clamp)
+        assert torch.equal(got, torch.zeros(2, 3))
+        assert not got.signbit().any()
+    with pytest.raises(TypeError, match=r"^clamp\[1\]: expected a number, got bool True"):
+        F.langevin_step_(x, grad, step_size=1.0, noise_scale=0.0, seed=0, clamp=(0.0, True))
+    with pytest.raises(TypeError, match=r"^clamp: expected None or \(low, high\), got tuple \(0.0, 1.0, 1.0\)"):
+        F.langevin_step_(x, grad, step_size=1.0, noise_scale=0.0, seed=0, clamp=(0.0, 1.0, 1.0))
+    with pytest.raises(TypeError, match=r"^step_size: expected a number, got bool True"):
+        F.langevin_step_(x, grad, step_size=True, noise_scale=0.0, seed=0, clamp=(0.0, 1.0))
+
+
 def test_lookahead_needs_a_tensor_of_its_own() -> None:
     x, grad = draw(2, 3)
     with pytest.raises(ValueError, match=r"^lookahead\[1\]: expected memory of its own"):

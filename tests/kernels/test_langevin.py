@@ -309,13 +309,13 @@ def test_a_cuda_graph_advances_its_step() -> None:
 
 def test_rows_are_counted_in_64_bits_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = importlib.import_module("fastgen.kernels.langevin")
-    shape = kernel._shape
-    assert [shape(torch.float32, n, 7, 64, False)["ROW"] for n in (2**30 - 1, 2**30)] == [
+    constants, flags = kernel._constants, kernel._NOISE_ALONE
+    assert [constants(flags, torch.float32, n, 7, 64, False)["ROW"] for n in (2**30 - 1, 2**30)] == [
         kernel.tl.int32,
         kernel.tl.int64,
     ]
     few, many = torch.zeros(5, 7), torch.zeros(5, 7)
     kernel.noise_(few, None, None, None, 3, 5)
-    monkeypatch.setattr(kernel, "_shape", lambda dtype, chains, *rest: shape(dtype, 2**30, *rest))
+    monkeypatch.setattr(kernel, "_constants", lambda flags, dtype, _, *rest: constants(flags, dtype, 2**30, *rest))
     kernel.noise_(many, None, None, None, 3, 5)
     assert torch.equal(few, many)
