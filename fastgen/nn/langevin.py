@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastgen import check
 from fastgen.functional.langevin import langevin_step_
 from fastgen.nn import langevin_graph
+from fastgen.nn.cuda_graph import surroundings
 from fastgen.nn.langevin_chains import Chains, Divergence
 from fastgen.nn.langevin_graph import Kept, Recorded
-from fastgen.nn.langevin_signature import signature, surroundings
+from fastgen.nn.langevin_signature import signature
 from fastgen.reference.langevin import STEPS
 
 Schedule = float | Tensor | Sequence[float] | Callable[[int], float]

@@ -5,24 +5,22 @@ step and replays it. A second call of the kind records as many steps as a graph 
 they are all, start and end with them: from the third on a chain is one launch.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fastgen.nn.cuda_graph import Graph, captured, capturing
 from fastgen.nn.langevin_chains import Chains
 
 MIN_STEPS = 4  # fewer are not worth recording for one call
 KEPT = 4  # graphs of a sampler: of as many shapes, say
 SHARE = 16  # and of the device's memory no more than one part in so many
 
-Graph = Any  # torch.cuda.CUDAGraph
 Record = Callable[[torch.device, Callable[[], None], Any], tuple[Graph, int]]
 _streams: dict[torch.device, Any] = {}
-capturing = threading.Lock()  # of which a process may have one at a time
 
 
 def recorder(device: torch.device) -> Record | None:
@@ -36,42 +34,14 @@ def memory(device: torch.device) -> int:
 
 
 def _record(device: torch.device, work: Callable[[], None], earlier: Graph) -> tuple[Graph, int]:
-    graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if earlier is None else earlier.pool()  # they never run at once
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
-    with capturing:
-        caching = torch.is_autocast_cache_enabled()
-        # A weight cast before would be read where it no longer is, and so would cuBLAS's memory: each graph has one.
-        torch.set_autocast_cache_enabled(False)
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
-            capture = torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local")
-            # One that fails does not go back to the stream before.
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
-                before = torch.cuda.memory_reserved(device)
-                work()
-                grown = torch.cuda.memory_reserved(device) - before
-        except BaseException:
-            with torch.cuda.device(device):
-                end_failed(pool, _streams[device])
-            raise
-        finally:
-            torch.set_autocast_cache_enabled(caching)
-            torch._C._cuda_clearCublasWorkspaces()
+    with capturing, torch.cuda.device(device), captured(pool, _streams[device]) as graph:
+        before = torch.cuda.memory_reserved(device)
+        work()
+        grown = torch.cuda.memory_reserved(device) - before
     return graph, grown
-
-
-def end_failed(pool: Any, stream: Any) -> None:
-    """Ends, on the current device, a capture that failed: torch 2.11 does so for one that went well alone. Until then
-    its allocator takes one to be under way, frees no memory that several streams have used and empties no cache; and
-    the device's generator, which thinks itself captured, draws no number until the next capture ends well."""
-    with suppress(RuntimeError):  # newer ones have ended it
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-            torch.cuda._sleep(1)  # of an empty graph torch warns
 
 
 class Recorded:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._device import DeviceContext
 
 MOST = 20_000  # things looked at
 
@@ -59,40 +58,6 @@ def signature(device: torch.device, *values: Any) -> Hashable | None:
     except (_Opaque, RecursionError):
         return None
     return tuple(look.found)
-
-
-def surroundings(device: torch.device) -> Hashable | None:
-    """The switches of torch's that a recording obeys; None where somebody watches or changes what is called."""
-    modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or not all(isinstance(mode, DeviceContext) for mode in modes)
-        or torch.is_anomaly_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or nn.modules.module._has_any_global_hook()
-    ):
-        return None
-    kind, cuda = device.type, torch.backends.cuda
-    return (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        tuple(mode.device for mode in modes),
-        torch.get_default_dtype(),
-        _float32(),
-        cuda.matmul.allow_fp16_reduced_precision_reduction,
-        cuda.matmul.allow_bf16_reduced_precision_reduction,
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-def _float32() -> Hashable:
-    """How float32 products are made. The flags of old raise where the new ones are used."""
-    if hasattr(torch._C, "_get_fp32_precision_getter"):
-        works = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"))
-        return tuple(torch._C._get_fp32_precision_getter(*work) for work in works)
-    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
 @functools.lru_cache(maxsize=4096)

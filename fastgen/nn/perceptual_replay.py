@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastgen.nn import trunks
-from fastgen.nn.langevin_graph import capturing, end_failed
-from fastgen.nn.langevin_signature import surroundings
+from fastgen.nn.cuda_graph import captured, capturing, surroundings
 
 FIRST_CALLS = 3  # of a kind, which "auto" runs as they are: a recording costs what some ten replays save
 MOST_PIXELS = 2**18  # of a batch, for "auto": beyond, launches hide behind the work, and a recording's memory counts
@@ -76,23 +75,14 @@ class Recorder:
 
     def __call__(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """What repeats `run`, and where it leaves its results."""
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        # Thread-local: by default a data loader's thread that pins memory meanwhile would fail, and so would this.
-        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        current = torch.cuda.current_stream()
         with capturing:
             self.side.wait_stream(current)
             with torch.cuda.stream(self.side):
                 run()  # loads kernels, which a capture must not
             current.wait_stream(self.side)
-            torch._C._cuda_clearCublasWorkspaces()  # the graph's is to lie in its own memory, which nobody else gets
-            try:
-                with torch.cuda.stream(current), capture:  # one that fails does not go back to the stream before
-                    outputs = run()
-            except BaseException:
-                end_failed(self.pool, self.stream)
-                raise
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
+            with captured(self.pool, self.stream) as graph:
+                outputs = run()
         return graph.replay, outputs
 
 

@@ -1,7 +1,6 @@
 """Chains that are recorded once and replayed in later calls: on a GPU, and on a tape, which is to a CPU what a CUDA
 graph is to a GPU."""
 
-import contextlib
 import copy
 import gc
 import itertools
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fastgen.nn import LangevinRun, LangevinSampler, langevin_graph, perceptual_replay
+from fastgen.nn import LangevinRun, LangevinSampler, langevin_graph
 
 
 class Tape(TorchDispatchMode):
@@ -334,68 +333,6 @@ def test_a_sampler_that_dies_gives_its_memory_back_at_once(calls: int, tapes: An
         assert not any(tape() is not None for tape in tapes)
     finally:
         gc.enable()
-
-
-def test_samplers_and_losses_capture_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is captured is broken by a thread that waits for the device, as each capture begins."""
-    for name in ("graph", "stream", "device"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given, **more: contextlib.nullcontext())
-    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-    monkeypatch.setattr(langevin_graph, "_streams", {})
-    locked: list[bool] = []
-    langevin_graph._record(torch.device("cpu"), lambda: locked.append(langevin_graph.capturing.locked()), None)
-    assert locked == [True]
-    assert not langevin_graph.capturing.locked()
-    assert perceptual_replay.capturing is langevin_graph.capturing
-
-
-@pytest.mark.parametrize("ended", [False, True], ids=["torch 2.11", "newer"])
-def test_a_capture_that_fails_is_ended(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older torch leaves its allocator and its generator as if it went on; a capture that goes well ends the latter."""
-    said: list[str] = []
-
-    class Capture:
-        def __init__(self, graph: Any, pool: Any = None, **more: Any) -> None:
-            self.pool = pool
-
-        def __enter__(self) -> None:
-            said.append(f"capture into {self.pool}")
-
-        def __exit__(self, kind: Any, *rest: Any) -> None:
-            said.append("failed" if kind else "captured")
-
-    def end(device: int, pool: Any) -> None:
-        if ended:
-            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-        said.append(f"end {pool} of {device}")
-
-    def work() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    for name in ("stream", "device"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given: contextlib.nullcontext())
-    for name in ("CUDAGraph", "Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("work"))
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-    release = lambda device, pool: said.append(f"release {pool} of {device}")  # noqa: E731
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
-    monkeypatch.setattr(langevin_graph, "_streams", {})
-    caching = torch.is_autocast_cache_enabled()
-    with pytest.raises(RuntimeError, match="not permitted"):
-        langevin_graph._record(torch.device("cpu"), work, None)
-    after = ["end a pool of 7", "release a pool of 7", "capture into None", "work", "captured"]
-    assert said == ["capture into a pool", "failed", *(() if ended else after)]
-    assert torch.is_autocast_cache_enabled() == caching
-    assert not langevin_graph.capturing.locked()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

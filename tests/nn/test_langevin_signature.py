@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgen.nn.langevin_signature import signature, surroundings
+from fastgen.nn.cuda_graph import surroundings
+from fastgen.nn.langevin_signature import signature
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SCALE: Any = 1.0
