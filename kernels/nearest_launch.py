@@ -102,7 +102,8 @@ def search(query: Tensor, database: Tensor, mask: Tensor | None) -> Found:
     n, m, d = *query.shape[:1], *database.shape
     blocks = -(-d // BLOCK_K)
     of = chip(query.get_device())
-    options = filter_options(resident(blocks), of)
+    with torch.cuda.device_of(query):
+        options = filter_options(resident(blocks), of)
     block_n = options["BLOCK_N"]
     padded_n, tiles = -(-n // BLOCK_M) * BLOCK_M, -(-m // block_n)
     parts, each = splits(n, tiles, programs(resident(blocks), of))

@@ -51,7 +51,12 @@ def ring_nearest(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: expected torch.distributed to be initialised (torchrun, init_process_group)")
-    ring = _Ring(group)
+    # NCCL sends objects by the current device.
+    with torch.cuda.device_of(query_shard if isinstance(query_shard, Tensor) else torch.empty(0)):
+        return _nearest(_Ring(group), query_shard, database_shard, k, mask)
+
+
+def _nearest(ring: "_Ring", query_shard: Tensor, database_shard: Tensor, k: int, mask: Tensor | None) -> Nearest:
     problem, width, dtype = "", 0, ""
     database, ids = database_shard, torch.empty(0, dtype=torch.int64)
     try:

@@ -1,11 +1,13 @@
 """ring_nearest in processes of its own: the same bits for 1, 2 and 4 of them, and an end when one dies."""
 
+import contextlib
 import multiprocessing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastgen import functional as F
 
@@ -190,3 +192,28 @@ def test_needs_a_process_group():
 
     with pytest.raises(RuntimeError, match=r"group: expected torch\.distributed to be initialised"):
         ring_nearest(torch.randn(2, 3), torch.randn(2, 3))
+
+
+def test_objects_go_by_the_points_own_device(monkeypatch):
+    """NCCL sends them from the current device, which need not be where the shards are."""
+    from fastgen.search import ring, ring_nearest
+
+    told, gather = [], ring._Ring.gather
+
+    @contextlib.contextmanager
+    def device_of(points):
+        told.append(("on", points.device.type))
+        yield
+        told.append("off")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(ring._Ring, "gather", lambda self, value: told.append("gather") or gather(self, value))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        points = torch.randn(5, 3)
+        assert ring_nearest(points, points).index.flatten().tolist() == [0, 1, 2, 3, 4]
+    finally:
+        dist.destroy_process_group()
+    assert told[0] == ("on", "cpu")
+    assert told[-1] == "off"
+    assert told.count("gather") == 2
