@@ -10,19 +10,16 @@ w = dk/du, it is Σ_j w z_j, and changes by Σ_j w v_j + c σ z_j, σ = ⟨v_i, 
 
 import triton
 import triton.language as tl
-from fastgen.kernels.mmd import (
+from fastgen.kernels.mmd import _coefficients, _distances, _excluded, _product
+from fastgen.kernels.mmd_kernels import (
     IMQ,
     POLYNOMIAL,
     RATIONAL_QUADRATIC,
     RBF,
-    _coefficients,
-    _distances,
     _evaluate,
-    _excluded,
     _exponential,
     _horner,
     _power,
-    _product,
     _reciprocal,
 )
 

@@ -13,19 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from fastgen.kernels import mmd_launch, relaunch
-from fastgen.kernels.aot import Spec
-from fastgen.kernels.mmd import (
-    CLOSE,
-    ESTIMATORS,
-    KINDS,
-    LAPLACIAN,
-    POLYNOMIAL,
-    _coefficients,
-    _evaluate,
-    _excluded,
-    _expanded,
-)
+from fastgen.kernels.mmd import CLOSE, ESTIMATORS, _coefficients, _excluded, _expanded
 from fastgen.kernels.mmd_halves import _dot, _halve
+from fastgen.kernels.mmd_kernels import KINDS, LAPLACIAN, POLYNOMIAL, _evaluate
 from fastgen.kernels.mmd_units import in_units
 from torch import Tensor
 
@@ -364,38 +354,3 @@ def mmd(
     if not _launcher.again(key, arguments):
         _launcher.first(key, (tiles, items), arguments, plan.constants)
     return value, *gradients
-
-
-def specs() -> list[Spec]:
-    """What the tests compile ahead of time; first WAE's kernel at its eight coordinates."""
-    listed = []
-
-    def add(name: str, d: int, sides: int = 1, precision: str = "bf16x3", dtype: str = "fp32", weighted: bool = False):
-        kind = name.removesuffix("_pairs")
-        pairs = (1.0, 8.1, 3.2, 0.5) if name == "imq_pairs" else None
-        plan = _plan(d, sides, precision, pairs, kind, mmd_launch.LISTED[name], "unbiased", mmd_launch.ALL, True)
-        constants = {k: v for k, v in plan.constants.items() if not k.startswith("num_")}
-        absent = [] if weighted else ["x_weight_ptr", "y_weight_ptr", "coefficients_ptr"]
-        constants |= dict.fromkeys((*absent, *("gx_ptr", "gy_ptr")[sides:]))
-        types: dict[str, Any] = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
-        types |= dict.fromkeys(("coefficients_ptr", "partial_ptr"), "*fp64")
-        types |= {"counter_ptr": "*i32", "parameters": ("fp32",) * len(plan.numbers[-1])}
-        types |= dict.fromkeys(("n", "m", "d"), "i32") | dict.fromkeys(("scale", "gradient_scale"), "fp32")
-        names = _mmd_small_kernel.arg_names
-        signature = {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in names}
-        title = f"small {name} D={d} sides={sides} {precision} {dtype}{' weighted' * weighted}"
-        lacking = ("gfx942",) * (precision == "tf32x3")  # a precision that AMD does not have
-        warps, stages = plan.constants["num_warps"], plan.constants["num_stages"]
-        divisible = ("d",) * (d % 16 == 0)
-        found = Spec(title, _mmd_small_kernel, signature, constants, warps, stages, divisible=divisible, never=lacking)
-        listed.append(found)
-
-    add("imq_pairs", 8)
-    for sides in (0, 1, 2):
-        add("imq_pairs", 64, sides)
-    for d in (20, 64):
-        for precision in ("tf32x3", "tf32", "ieee", "bf16x6"):
-            add("imq_pairs", d, precision=precision)
-        for name in mmd_launch.LISTED:
-            add(name, d, 2, dtype="bf16", weighted=True)
-    return listed

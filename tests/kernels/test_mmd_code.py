@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgen.kernels import mmd, mmd_launch, mmd_slab, mmd_units
+from fastgen.kernels import mmd_kernels, mmd_launch, mmd_slab, mmd_units
 
 from fastgen.ops.mmd import inverse_pairs
 
@@ -22,9 +22,9 @@ def _evaluated(
 ) -> None:
     place = tl.arange(0, COUNT)
     u = tl.load(u_ptr + place)
-    if KIND <= mmd.IMQ:
+    if KIND <= mmd_kernels.IMQ:
         u += 1.0
-    k, w = mmd._evaluate(u, parameters, KIND, FORM, False)
+    k, w = mmd_kernels._evaluate(u, parameters, KIND, FORM, False)
     tl.store(out_ptr + place, k)
     tl.store(out_ptr + COUNT + place, w)
     if SECOND:
@@ -68,7 +68,7 @@ def test_the_kernels_over_their_whole_range(kind: str, values: tuple[float, ...]
     name, base, units, form, slope = mmd_units.in_units(kind, parameters, pairs, second)
     u = torch.cat([torch.zeros(1), torch.logspace(-9, 30, 3000), torch.rand(1092) * 5, torch.full((3,), float("inf"))])
     got = torch.zeros(3, 4096)
-    _evaluated[(1,)](u, got, units, KIND=mmd.KINDS[name], FORM=form, COUNT=4096, SECOND=second)
+    _evaluated[(1,)](u, got, units, KIND=mmd_kernels.KINDS[name], FORM=form, COUNT=4096, SECOND=second)
     d2 = (u[:-3].double() * base).requires_grad_()
     value = sum(FORMULAS[kind](d2, v) for v in values)
     (first,) = torch.autograd.grad(value.sum(), d2, create_graph=True)
@@ -85,7 +85,7 @@ def test_the_kernels_over_their_whole_range(kind: str, values: tuple[float, ...]
         assert worst <= bounds[i], (i, worst)
         assert not got[i, -3:].any()
     got.fill_(1.0)
-    _evaluated[(1,)](u * float("nan"), got, units, KIND=mmd.KINDS[name], FORM=form, COUNT=4096, SECOND=second)
+    _evaluated[(1,)](u * float("nan"), got, units, KIND=mmd_kernels.KINDS[name], FORM=form, COUNT=4096, SECOND=second)
     assert got[: 2 + second].isnan().all()
 
 
@@ -163,9 +163,9 @@ def test_machine_code_on_sm_90(
 
 CODE = """
 import json
-from fastgen.kernels import aot, mmd_launch
+from fastgen.kernels import aot, mmd_specs
 
-specs = {spec.name: spec for spec in mmd_launch.specs()}
+specs = {spec.name: spec for spec in mmd_specs.specs()}
 for name in ("grad imq D=64 bf16x3", "grad rbf D=64 bf16x3", "bend imq D=64 bf16x3"):
     print(json.dumps(aot.check(specs[name], "sm_90")))
 for name in ("grad imq_pairs D=64 tf32x3 sm_80", "value imq_pairs D=64 tf32x3 sm_80", "bend imq D=64 bf16x3 sm_80"):

@@ -48,9 +48,9 @@ def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 CODE = """
 import json
-from fastgen.kernels import aot, mmd_small
+from fastgen.kernels import aot, mmd_specs
 
-for spec in mmd_small.specs():
+for spec in mmd_specs.small_specs():
     if spec.name in NAMES:
         print(json.dumps(aot.check(spec, "sm_90")))
 """
