@@ -172,40 +172,12 @@ def _noise(
 
 
 @torch.library.register_fake("fastgen::langevin_step_")
-def _step_fake(
-    x: Tensor,
-    grad: Tensor,
-    chain_id: Tensor | None,
-    step_sizes: Tensor | None,
-    noise_scales: Tensor | None,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    lookahead_out: Tensor | None,
-    stats: Tensor | None,
-    step_size: float,
-    noise_scale: float,
-    precision: float,
-    grad_clip: float,
-    low: float,
-    high: float,
-    lookahead: float,
-    noise_first: bool,
-    seed: int,
-    step: int,
-) -> None:
+def _step_fake(x: Tensor, grad: Tensor, *_: Any, **__: Any) -> None:
     torch._check(x.shape == grad.shape)
 
 
 @torch.library.register_fake("fastgen::langevin_noise_")
-def _noise_fake(
-    out: Tensor,
-    chain_id: Tensor | None,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    seed: int,
-    step: int,
-    purpose: int = 0,
-) -> None:
+def _noise_fake(out: Tensor, *_: Any, **__: Any) -> None:
     torch._check(out.ndim >= 1)
 
 

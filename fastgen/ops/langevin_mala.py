@@ -3,6 +3,8 @@
 Its arguments are those of the `langevin_step_` that made the proposal. Returns log α [C] float64 and accepted [C] bool.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,23 +99,7 @@ def _accept(
 
 @torch.library.register_fake("fastgen::langevin_accept_")
 def _accept_fake(
-    x: Tensor,
-    grad: Tensor,
-    energy: Tensor,
-    proposal: Tensor,
-    proposal_grad: Tensor,
-    proposal_energy: Tensor,
-    chain_id: Tensor | None,
-    step_sizes: Tensor | None,
-    noise_scales: Tensor | None,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    step_size: float,
-    noise_scale: float,
-    precision: float,
-    grad_clip: float,
-    seed: int,
-    step: int,
+    x: Tensor, grad: Tensor, energy: Tensor, proposal: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
     torch._check(x.shape == proposal.shape)
     return x.new_empty(len(x), dtype=torch.float64), x.new_empty(len(x), dtype=torch.bool)
