@@ -23,17 +23,11 @@ import torch
 
 from benchmarks import machine, memory, results
 from benchmarks.bars import urgent_first
-from benchmarks.harness import FAMILIES, PATIENCE, ContextLost, Measurer, Row, Work, seconds_text
+from benchmarks.families import FAMILIES, works
+from benchmarks.harness import LOST, PATIENCE, ContextLost, Measurer, Row, seconds_text
 
 DEMO_PROVIDERS = ["fastgen", "eager"]  # others are for those who ask: compiling and loading them takes its time
-LOST = 3  # the exit status where a kernel took the device with it
 ROUNDS = {"demo": 5, "quick": 5, "full": 11, "huge": 11}
-
-
-def works(family: str, scale: str) -> list[Work]:
-    """What `benchmarks/<family>.py` measures at a scale: demo (seconds), quick, full, huge (hours)."""
-    found: list[Work] = importlib.import_module(f"benchmarks.{family}").works(scale)
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +154,8 @@ def measure(argv: list[str]) -> int:
             if not arguments.no_memory:
                 run.memory_here = partial(memory.cuda_probe, device=device)
             if arguments.out:
-                run.begins = partial(results.note_begun, arguments.out, content)
+                run.begins = partial(results.note_begun, arguments.out)
+                stack.callback(results.begun(arguments.out).unlink, missing_ok=True)
         if arguments.base:
             base = importlib.import_module("benchmarks.base")
             tree = stack.enter_context(base.worktree(arguments.base))
@@ -193,7 +188,6 @@ def measure(argv: list[str]) -> int:
                     results.save(arguments.out, content)
                 print(f"\nthe device was lost by {problem}; --resume goes on without it", file=sys.stderr)
                 return LOST
-            content.pop(results.BEGUN, None)
             spent[work.family] = round(spent.get(work.family, 0.0) + time.monotonic() - begun, 2)
             best = ", ".join(f"{r['provider']} {seconds_text(r['seconds'])}" for r in rows if "seconds" in r)
             print(f": {best or 'nothing to time'}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
+from benchmarks.families import works
 from benchmarks.harness import Local, Work, tensors
 
 
@@ -100,8 +101,6 @@ def serve(tree: str, scale: str, device: str) -> int:
 
     if not str(fastgen.__file__).startswith(tree):
         raise RuntimeError(f"fastgen came from {fastgen.__file__}, not from {tree}")
-    from benchmarks.__main__ import works
-
     ready: list[Local] = []
     for line in sys.stdin:
         question = json.loads(line)

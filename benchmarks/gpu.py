@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_profile, machine, results
-from benchmarks.harness import FAMILIES, ContextLost
+from benchmarks.families import FAMILIES
+from benchmarks.harness import LOST, ContextLost
 from benchmarks.stages import SECONDS, Stage, again, outcome_of, ran, tool
 
 PATIENCE = 20.0
@@ -320,12 +321,11 @@ def _timed(work: str) -> float:
 
 def bench(file: Path, seconds: float, patience: float) -> int:
     """`python -m benchmarks all --device cuda --huge`; where a kernel took the device with it, again without that, and
-    where a peer took the process with it, without the peer."""
-    from benchmarks.__main__ import LOST
-
+    where a provider took the process with it, without that: a peer everywhere, ours in that work."""
     until = time.monotonic() + seconds
     without: list[str] = []
     while True:
+        results.begun(file).unlink(missing_ok=True)  # what a killed run left
         left = until - time.monotonic()
         command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--huge", "--resume"]
         command += ["--patience", f"{patience:g}", "--out", str(file), "--seconds", f"{max(left, 1):.0f}"]
@@ -335,7 +335,8 @@ def bench(file: Path, seconds: float, patience: float) -> int:
             if crashed is None or crashed in without:
                 return 1
             print(f"bench: {crashed} ended the process, on without it", file=sys.stderr)
-            without.append(crashed)
+            if not results.ours(crashed):
+                without.append(crashed)
         elif status != LOST:
             return status
         if until - time.monotonic() < 0:

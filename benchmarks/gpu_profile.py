@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import bars, results
+from benchmarks.families import works
 from benchmarks.harness import Run
 from benchmarks.stages import Stage, again, outcome_of, ran, tool
 
@@ -113,8 +114,6 @@ def _scale(unit: str) -> float:
 
 def _ready(family: str, name: str) -> Run:
     """A warm call of ours."""
-    from benchmarks.__main__ import works
-
     work = next(w for w in works(family, "huge") if w.name == name)
     run = work.provider("fastgen").setup(work.inputs(torch.device("cuda")))
     for _ in range(2):

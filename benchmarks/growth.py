@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import math
 import re
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import memory, results
-from benchmarks.harness import FAMILIES, Row, Work, forget_compiled, seconds_text
+from benchmarks.families import FAMILIES, module
+from benchmarks.harness import Row, Work, forget_compiled, seconds_text
 from benchmarks.harness import size_of as size_of_inputs
 
 POINTS = 3  # the largest sizes, where fixed costs count least
@@ -109,22 +109,35 @@ def _next(low: int, high: int, known: list[tuple[int, float]], limit: float) -> 
     return n if low < n < high else middle
 
 
+def forecast(took: list[tuple[float, float]], size: float) -> float:
+    """Seconds of a call from the line through the two largest known: what a call takes at any size, as a first one
+    does, is not multiplied. 0 where that cannot be told: TIMEOUT ends what then takes too long."""
+    if len({known for known, _ in took}) < 2:
+        return 0.0
+    (size_a, a), (size_b, b) = sorted(dict(took).items())[-2:]
+    return max(b, b + (b - a) / (size_b - size_a) * (size - size_b)) if size > size_b else b
+
+
 def largest(family: str, limit: int, device: torch.device, server: memory.Server | None) -> list[Row]:
     """For each series that `benchmarks/<family>.py` lets grow and each provider: the largest N whose inputs and peak
     stay within `limit` bytes."""
-    module = importlib.import_module(f"benchmarks.{family}")
+    of = module(family)
     found = []
-    for series, first in module.GROWING.items():
-        for name in module.growing(series, first).names(device.type):
+    for series, first in of.GROWING.items():
+        for name in of.growing(series, first).names(device.type):
             why: dict[str, str] = {}
-            took: dict[str, float] = {}
+            took: list[tuple[float, float]] = []  # operations and seconds of what was tried
 
             def peak(
-                n: int, name: str = name, series: str = series, why: dict[str, str] = why, took: dict[str, float] = took
+                n: int,
+                name: str = name,
+                series: str = series,
+                why: dict[str, str] = why,
+                took: list[tuple[float, float]] = took,
             ) -> float | str:
-                work: Work = module.growing(series, n)
+                work: Work = of.growing(series, n)
                 size = work.operations or work.moved
-                expected = took["seconds"] * size / took["size"] if took else 0.0
+                expected = forecast(took, size)
                 if expected > PROBE_SECONDS:
                     return f"time: a call would take about {seconds_text(expected)}"
                 answer = _peak(work, family, series, n, name, device, server)
@@ -133,7 +146,7 @@ def largest(family: str, limit: int, device: torch.device, server: memory.Server
                 if "failed" in answer:
                     why["failed"] = answer["failed"]
                     return math.inf
-                took.update(seconds=answer["seconds"], size=size)
+                took.append((size, answer["seconds"]))
                 return float(answer["bytes"] + answer["inputs"])
 
             n, ended = search(peak, limit, first)

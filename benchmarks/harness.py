@@ -17,7 +17,6 @@ from benchmarks import machine
 Run = Callable[[], Any]  # returns a tensor or a tuple of them: what is compared with the oracle
 Setup = Callable[[Any], Run]
 Row = dict[str, Any]
-FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 DEVICES = ("cpu", "cuda")
 COPIES = 8  # of the inputs at most: beyond that they are small enough to stay in the cache in use, too
 PATIENCE = 10.0  # seconds that one call may take
@@ -80,6 +79,9 @@ class Work:
     def names(self, device: str, only: Sequence[str] | None = None) -> list[str]:
         """Of the providers that can run on a device, and of those in `only` where it is given."""
         return [n for n in self.providers if device in self.provider(n).devices and (not only or n in only)]
+
+
+LOST = 3  # the exit status where a kernel took the device with it
 
 
 class ContextLost(Exception):
@@ -248,7 +250,7 @@ class Measurer:
     rounds: of interleaved timings, fewer where one call takes long; patience: seconds that a call may take, else it is
     skipped, and the row says so; until: when, on the monotonic clock, no provider is set up any more. memory: (work,
     provider) -> bytes or None, or where it is of this process, on CUDA, (work, provider, inputs, a run that is ready).
-    base: name -> a Ready of another version. begins: told of a peer before it is set up, which may end the process.
+    base: name -> a Ready of another version. begins: told before each of a provider's turns, which may end the process.
     """
 
     device: torch.device
@@ -299,8 +301,7 @@ class Measurer:
                     row |= {"status": "failed", "reason": f"the oracle: {_reason(problem)}"}
                     self._end_where_lost(row)
                     continue
-            if self.begins is not None and not name.startswith("fastgen"):
-                self.begins(work, name)
+            self._begin(work, name)
             with _spending(row):
                 of = self._set_up(work, name, inputs, row)
                 if of and checked(work, "fastgen" if name == self.base_name else name, of, inputs, expected, row):
@@ -311,11 +312,12 @@ class Measurer:
                         row["rounds"] = 1 if work.once else row["rounds"]
             self._end_where_lost(row)
         del expected
-        self._time(rows, ready, times, load if work.once else machine.Load(self.children()))
+        self._time(work, rows, ready, times, load if work.once else machine.Load(self.children()))
         for name, row in rows.items():
             if work.once and row.get("seconds", 0.0) > LONG and not name.startswith("fastgen"):
                 continue  # of a peer that takes as long again smaller works tell
             if row["status"] == "ok" and self.memory_here is not None and isinstance(of := ready[name], Local):
+                self._begin(work, name)
                 with _spending(row), contextlib.suppress(RuntimeError):  # out of memory, say
                     row["peak_bytes"] = self.memory_here(work, name, inputs, of.runs[0])
         ready.clear()
@@ -328,6 +330,10 @@ class Measurer:
                     row["peak_bytes"] = self.memory(work, name)
         self.rows += rows.values()
         return list(rows.values())
+
+    def _begin(self, work: Work, name: str) -> None:
+        if self.begins is not None:
+            self.begins(work, name)
 
     def _end_where_lost(self, row: Row) -> None:
         """Of a failed row, where it took the device with it: the row is kept, and nothing else of its work."""
@@ -355,11 +361,17 @@ class Measurer:
         return None
 
     def _time(
-        self, rows: dict[str, Row], ready: dict[str, Ready], times: dict[str, list[float]], load: machine.Load
+        self,
+        work: Work,
+        rows: dict[str, Row],
+        ready: dict[str, Ready],
+        times: dict[str, list[float]],
+        load: machine.Load,
     ) -> None:
         for _ in range(max((rows[name]["rounds"] for name in ready), default=0)):
             for name, of in list(ready.items()):  # interleaved, so that a drifting machine favours nobody
                 if len(times[name]) < rows[name]["rounds"]:
+                    self._begin(work, name)
                     with _spending(rows[name]):
                         seconds = _seconds(of, self.at_least, rows[name])
                     self._end_where_lost(rows[name])

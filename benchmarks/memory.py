@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import families, machine
 from benchmarks.harness import Run, Work, size_of
 
 MMAP_THRESHOLD = 65536  # larger blocks go back to the system when freed, and are fresh, hence counted, when made
@@ -158,14 +158,12 @@ def server(scale: str) -> Iterator[Server]:
 
 def serve(scale: str) -> int:
     """The other end: questions come as lines of JSON. Imports here are shared by all children."""
-    from benchmarks.__main__ import FAMILIES, works
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a peer prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer: this end stops with it
     known: dict[tuple[str, str], Work] = {}
-    for family in FAMILIES:
-        known |= {(family, work.name): work for work in works(family, scale)}
+    for family in families.FAMILIES:
+        known |= {(family, work.name): work for work in families.works(family, scale)}
     for name in ("fastgen.functional", "fastgen.nn", "torch._inductor.compile_fx"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -177,7 +175,7 @@ def serve(scale: str) -> int:
     for line in sys.stdin:
         question = json.loads(line)
         if "make" in question:  # a work of a size that no list has
-            work = importlib.import_module(f"benchmarks.{question['family']}").growing(question["make"], question["n"])
+            work = families.module(question["family"]).growing(question["make"], question["n"])
         else:
             work = known[question["family"], question["work"]]
         print(json.dumps(_in_a_child(work, question["provider"], question["timeout"])), file=answers, flush=True)

@@ -30,25 +30,26 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-BEGUN = "begun"  # key of the work and the provider that are set up just now
+def begun(path: str | Path) -> Path:
+    """A file beside the results: the work and the provider whose turn it is just now."""
+    return Path(f"{path}.begun")
 
 
-def note_begun(path: str | Path, content: dict[str, Any], work: Work, provider: str) -> None:
-    content[BEGUN] = {"family": work.family, "work": work.name, "provider": provider}
-    save(path, content)
+def note_begun(path: str | Path, work: Work, provider: str) -> None:
+    begun(path).write_text(json.dumps({"family": work.family, "work": work.name, "provider": provider}))
 
 
 def blame(path: str | Path, how: str) -> str | None:
-    """The provider that was set up last when a run ended by signal `how`, and a row that says so; None if none was."""
-    content = load(path)
-    begun = content.pop(BEGUN, None)
-    if begun is None:
+    """The provider whose turn it was when a run ended by signal `how`, and a row that says so; None if nobody's."""
+    if not begun(path).exists():
         return None
-    of = (begun["family"], begun["work"], begun["provider"])
+    content, last = load(path), json.loads(begun(path).read_text())
+    begun(path).unlink()
+    of = (last["family"], last["work"], last["provider"])
     content["rows"] = [row for row in content["rows"] if (row["family"], row["work"], row["provider"]) != of]
-    content["rows"].append(begun | {"status": "failed", "reason": f"it ended the process: {how}", "lost": True})
+    content["rows"].append(last | {"status": "failed", "reason": f"it ended the process: {how}", "lost": True})
     save(path, content)
-    return str(begun["provider"])
+    return str(last["provider"])
 
 
 def bytes_text(count: float) -> str:

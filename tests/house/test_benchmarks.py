@@ -189,16 +189,16 @@ def test_memory_is_measured_where_the_run_is_ready(harness: ModuleType) -> None:
     assert rows["eager"]["seconds"] > 0
 
 
-def test_peers_are_announced_before_they_are_set_up(harness: ModuleType, measurer: Callable[..., Any]) -> None:
+def test_providers_are_announced_before_each_turn(harness: ModuleType, measurer: Callable[..., Any]) -> None:
     seen: list[str] = []
 
     def setup(x: Tensor) -> Callable[[], Tensor]:
         seen.append("set up")
         return lambda: x.sum()
 
-    work = summing(harness, providers={"fastgen": setup, "eager": setup})
+    work = summing(harness, providers={"fastgen": setup, "eager": setup}, once=True)
     measurer(begins=lambda work, name: seen.append(name)).measure(work)
-    assert seen == ["set up", "eager", "set up"]
+    assert seen == ["fastgen", "set up", "eager", "set up", "fastgen", "eager"]
 
 
 def test_an_oracle_without_memory_is_a_row(harness: ModuleType, measurer: Callable[..., Any]) -> None:
@@ -256,7 +256,7 @@ def test_a_lost_device_ends_the_run_and_is_not_tried_again(
 
 def test_what_is_asked_of_a_gpu_is_measured_first(harness: ModuleType) -> None:
     from benchmarks import bars
-    from benchmarks.__main__ import FAMILIES, works
+    from benchmarks.families import FAMILIES, works
 
     found = bars.urgent_first([work for family in FAMILIES for work in works(family, "huge")])
     asked = {(bar.family, bar.work) for bar in bars.BARS if bar.on == bars.GPU}
@@ -281,8 +281,8 @@ def test_memory_probe_sees_what_a_call_takes(harness: ModuleType) -> None:
 def test_memory_server_and_another_version(harness: ModuleType) -> None:
     """Both ends of both pipes; the other version is this checkout itself."""
     from benchmarks import memory
-    from benchmarks.__main__ import works
     from benchmarks.base import Other
+    from benchmarks.families import works
 
     with memory.server("quick") as server:
         question = {"family": "nearest", "make": "top-1, D = 64", "n": 2000, "timeout": 60}

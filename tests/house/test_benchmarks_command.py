@@ -27,7 +27,7 @@ def test_save_is_whole(harness: ModuleType, tmp_path: Path) -> None:
 
 
 def test_every_family_lists_its_works(harness: ModuleType) -> None:
-    from benchmarks.__main__ import FAMILIES, works
+    from benchmarks.families import FAMILIES, works
 
     for family in FAMILIES:
         for scale in ("demo", "quick", "full", "huge"):

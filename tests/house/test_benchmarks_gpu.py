@@ -277,22 +277,27 @@ def test_a_peer_that_ends_the_process_is_left_out_of_the_rest(
     def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         asked.append([part for part in command if part.startswith("--without")])
         if len(asked) == 2:  # a kill from outside says nothing about a peer
-            results.note_begun(file, results.load(file), work, "eager")
+            results.note_begun(file, work, "fastgen")
+            return subprocess.CompletedProcess(command, -11)
+        if len(asked) == 3:
+            results.note_begun(file, work, "eager")
             return subprocess.CompletedProcess(command, -9)
-        results.note_begun(file, {"machine": {}, "rows": [kept]}, work, "keops")
+        results.save(file, {"machine": {}, "rows": [kept]})
+        results.note_begun(file, work, "keops")
         return subprocess.CompletedProcess(command, -11)
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     assert gpu.bench(file, 60.0, 1.0) == -9
-    assert asked == [[], ["--without=keops"]]
-    first, row = json.loads(file.read_text())["rows"]
+    assert asked == [[], ["--without=keops"], ["--without=keops"]]  # ours is left out of that work alone
+    first, row, own = json.loads(file.read_text())["rows"]
     assert first == kept
     assert (row["work"], row["provider"], row["status"], row["lost"]) == ("after", "keops", "failed", True)
+    assert (own["work"], own["provider"], own["status"], own["lost"]) == ("after", "fastgen", "failed", True)
     assert row["reason"] == "it ended the process: SIGSEGV"
     asked.clear()
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, cwd: subprocess.CompletedProcess(command, -11))
     results.save(file, {"machine": {}, "rows": [kept]})
-    assert gpu.bench(file, 60.0, 1.0) == 1  # ours, or nobody's: not again
+    assert gpu.bench(file, 60.0, 1.0) == 1  # nobody's: not again, nor by what a killed run left
     assert json.loads(file.read_text())["rows"] == [kept]
 
 

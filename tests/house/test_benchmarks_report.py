@@ -112,7 +112,7 @@ def test_bars(report: ModuleType) -> None:
 
 def test_every_bar_is_of_works_and_providers_that_there_are(report: ModuleType) -> None:
     from benchmarks import bars
-    from benchmarks.__main__ import works
+    from benchmarks.families import works
 
     for on, scale, device in ((bars.CPU, "full", "cpu"), (bars.GPU, "huge", "cuda")):
         known = {(f, w.name): w.names(device) for f in report.FAMILIES for w in works(f, scale)}
@@ -203,7 +203,7 @@ def test_a_gpu_result_replaces_the_sentence(report: ModuleType, tmp_path: Path) 
 
 
 def test_every_row_of_the_readme_is_a_work(report: ModuleType) -> None:
-    from benchmarks.__main__ import works
+    from benchmarks.families import works
 
     known = {(f, w.name) for f in report.FAMILIES for scale in ("full", "huge") for w in works(f, scale)}
     assert {(family, work) for _, family, work in report.README_ROWS + report.README_GPU_ROWS} <= known
@@ -265,4 +265,6 @@ def test_a_search_that_something_else_ends(report: ModuleType) -> None:
     assert ended == "time"
     assert 5000 / growth.STEP <= found <= 5000
     assert growth.search(lambda n: math.inf, 2**30, 100) == (0, "memory")
+    assert growth.forecast([(1.0, 3.1)], 1e9) == 0.0
+    assert growth.forecast([(16.0, 2.6), (1.0, 1.1)], 32.0) == pytest.approx(4.2)  # one second whatever the size
     assert growth.search(lambda n: 8.0 * n if n < 3000 else math.inf, 2**30, 100)[0] >= 2999 / growth.PRECISION

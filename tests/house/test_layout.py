@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("mmd", "langevin", "perceptual", "nearest")
 # What each floor may import of fastgen; `check` is below them all.
 MAY = {
     "kernels": {"kernels"},
@@ -43,6 +44,20 @@ def test_imports_point_downward(place: str) -> None:
         assert imported(file) <= MAY[place], f"{file.relative_to(ROOT)} imports {imported(file) - MAY[place]}"
 
 
+def test_imports_among_the_benchmarks_are_no_circle() -> None:
+    """Also those inside functions; a family is loaded by its name."""
+    import graphlib
+
+    below: dict[str, set[str]] = {"families": set(FAMILIES)}
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks":
+                path = str(node.module).split(".")[1:]
+                below.setdefault(file.stem, set()).update(path or (a.name for a in node.names))
+    assert {"harness", "memory"} <= below["growth"]
+    list(graphlib.TopologicalSorter(below).static_order())
+
+
 def test_kernels_import_torch_and_triton_alone() -> None:
     import sys
 
@@ -55,7 +70,7 @@ def test_kernels_import_torch_and_triton_alone() -> None:
                 assert top in {"torch", "triton", "fastgen"} or top in sys.stdlib_module_names, f"{file.name}: {name}"
 
 
-@pytest.mark.parametrize("stem", ["mmd", "langevin", "perceptual", "nearest"])
+@pytest.mark.parametrize("stem", FAMILIES)
 @pytest.mark.parametrize("floor", ["fastgen/reference", "fastgen/ops", "fastgen/functional", "benchmarks"])
 def test_one_stem_on_every_floor(floor: str, stem: str) -> None:
     assert (ROOT / floor / f"{stem}.py").exists()
