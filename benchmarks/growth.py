@@ -110,12 +110,13 @@ def _next(low: int, high: int, known: list[tuple[int, float]], limit: float) -> 
 
 
 def forecast(took: list[tuple[float, float]], size: float) -> float:
-    """Seconds of a call from the line through the two largest known: what a call takes at any size, as a first one
-    does, is not multiplied. 0 where that cannot be told: TIMEOUT ends what then takes too long."""
+    """Seconds of a call from the line through the least and the largest known, no more than in proportion: what a call
+    takes at any size, as a first one does, is not multiplied. 0 where that cannot be told: TIMEOUT ends what then takes
+    too long."""
     if len({known for known, _ in took}) < 2:
         return 0.0
-    (size_a, a), (size_b, b) = sorted(dict(took).items())[-2:]
-    return max(b, b + (b - a) / (size_b - size_a) * (size - size_b)) if size > size_b else b
+    (least, a), (most, b) = min(took), max(took)
+    return min(b * size / most, b + max(0.0, (b - a) / (most - least)) * max(0.0, size - most))
 
 
 def largest(family: str, limit: int, device: torch.device, server: memory.Server | None) -> list[Row]:

@@ -267,4 +267,5 @@ def test_a_search_that_something_else_ends(report: ModuleType) -> None:
     assert growth.search(lambda n: math.inf, 2**30, 100) == (0, "memory")
     assert growth.forecast([(1.0, 3.1)], 1e9) == 0.0
     assert growth.forecast([(16.0, 2.6), (1.0, 1.1)], 32.0) == pytest.approx(4.2)  # one second whatever the size
+    assert growth.forecast([(1.0, 0.1), (15.9, 1.0), (16.0, 1.6)], 32.0) == pytest.approx(3.2)  # one of them slow
     assert growth.search(lambda n: 8.0 * n if n < 3000 else math.inf, 2**30, 100)[0] >= 2999 / growth.PRECISION
