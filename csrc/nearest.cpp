@@ -19,6 +19,7 @@
 // sum's error is relative, which in bits is one number. What follows is the same. From six queries on the rows that a
 // scan reads are transposed, a vector's worth at a time, so that no lanes are left to add up for each query.
 #include "nearest.h"
+#include "nearest_direct.h"
 
 #include <algorithm>
 #include <cmath>

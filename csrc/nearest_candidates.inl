@@ -1,35 +1,6 @@
 // The candidates that a search has for its queries: kept by their keys, thinned out by the limit, decided by their direct
 // distances; nearest.cpp has the plan and the proof.
 
-#ifdef __clang__
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=off")  // products and sums round apart: the order is the definition
-#endif
-
-template <class T>
-float direct(const T* q, const T* b, int64_t d) {
-    double part[8] = {};
-    int64_t t = 0;
-    for (; t + 8 <= d; t += 8)
-        for (int l = 0; l < 8; ++l) {
-            const double step = double(q[t + l]) - double(b[t + l]), square = step * step;
-            part[l] += square;
-        }
-    for (int l = 0; t < d; ++t, ++l) {
-        const double step = double(q[t]) - double(b[t]), square = step * step;
-        part[l] += square;
-    }
-    for (int l = 0; l < 4; ++l) part[l] += part[l + 4];
-    for (int l = 0; l < 2; ++l) part[l] += part[l + 2];
-    return float(part[0] + part[1]);
-}
-
-#ifndef __clang__
-#pragma GCC pop_options
-#endif
-
 constexpr int32_t NEVER = std::numeric_limits<int32_t>::min(), ALWAYS = std::numeric_limits<int32_t>::max() - 1;
 
 int32_t bits(float x) {
