@@ -63,6 +63,29 @@ def test_near_ties_beyond_the_integers(oracle, search):
     assert torch.equal(search(query, database, 3), oracle.nearest(query, database, 3)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("query", "row", "nearest"),
+    [  # 1 and 1 + 2⁻²³ away; by fused multiply-adds the other way round
+        (
+            ("0x1.2222a4p-1", "0x1.2512a4p-1", "0x1.f74ac2p-11", *"00000", "0x1.2f6fb2p-1"),
+            ("-0x1.c1735ap-26", "0", "0x1.149078p-36", *"00000", "0x1.952054p-27"),
+            0,
+        ),
+        (
+            ("0x1.282248p-1", "0x1.1f694ep-1", "0x1.0035bcp-10", *"00000", "0x1.2f0e72p-1"),
+            ("0x1.6d9e98p-28", "0", "0x1.1dee08p-37", *"00000", "0x1.67ee6p-26"),
+            1,
+        ),
+    ],
+    ids=["1", "above 1"],
+)
+def test_products_and_sums_round_apart(search, dtype, query, row, nearest):
+    q, b = (torch.tensor([[float.fromhex(x) for x in values]], dtype=dtype) for values in (query, row))
+    away = q + torch.eye(9, dtype=dtype)[3:4]  # 1, exactly
+    assert search(q, torch.cat([b, away])).item() == nearest
+
+
 def test_masks(oracle, search):
     query, database = torch.randn(50, 6), torch.randn(300, 6)
     for mask in (torch.rand(300) > 0.4, torch.rand(50, 300) > 0.4):
