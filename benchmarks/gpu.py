@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -319,16 +319,17 @@ def _timed(work: str) -> float:
     return min(ready.seconds(0.05) for _ in range(5))
 
 
-def bench(file: Path, seconds: float, patience: float) -> int:
-    """`python -m benchmarks all --device cuda --huge`; where a kernel took the device with it, again without that, and
-    where a provider took the process with it, without that: a peer everywhere, ours in that work."""
+def bench(file: Path, seconds: float, patience: float, more: Sequence[str] = ()) -> int:
+    """`python -m benchmarks all --device cuda --huge`, with `more` arguments; where a kernel took the device with it,
+    again without that, and where a provider took the process with it, without that: a peer everywhere, ours in that
+    work."""
     until = time.monotonic() + seconds
     without: list[str] = []
     while True:
         results.begun(file).unlink(missing_ok=True)  # what a killed run left
         left = until - time.monotonic()
         command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--huge", "--resume"]
-        command += ["--patience", f"{patience:g}", "--out", str(file), "--seconds", f"{max(left, 1):.0f}"]
+        command += ["--patience", f"{patience:g}", "--out", str(file), "--seconds", f"{max(left, 1):.0f}", *more]
         status = subprocess.run([*command, *(f"--without={name}" for name in without)], cwd=machine.ROOT).returncode
         if status in CRASHES:
             crashed = results.blame(file, signal.Signals(-status).name)
@@ -356,7 +357,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that the stage may take (default {SECONDS:g})")
     said = f"seconds that a call may take in the stage bench (default {PATIENCE:g})"
     parser.add_argument("--patience", type=float, default=PATIENCE, help=said)
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    if more and arguments.stage != "bench":  # which hands them on: --work, --provider
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     for name in ("seconds", "patience"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name}: expected more than 0, got {getattr(arguments, name):g}")
@@ -371,6 +374,6 @@ def main(argv: list[str]) -> int:
     about = machine.describe(torch.device("cuda"))
     file = Path(arguments.results).absolute() / f"{slug(about['device'])}.json"
     if arguments.stage == "bench":
-        return bench(file, arguments.seconds, arguments.patience)
+        return bench(file, arguments.seconds, arguments.patience, more)
     stage = Stage(arguments.stage, file, about, arguments.seconds)
     return {"test": test, "tune": tune, "profile": gpu_profile.profile}[arguments.stage](stage)

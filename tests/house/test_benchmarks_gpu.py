@@ -276,6 +276,7 @@ def test_a_peer_that_ends_the_process_is_left_out_of_the_rest(
 
     def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         asked.append([part for part in command if part.startswith("--without")])
+        assert command[command.index("--work") + 1] == "16384"
         if len(asked) == 2:  # a kill from outside says nothing about a peer
             results.note_begun(file, work, "fastgen")
             return subprocess.CompletedProcess(command, -11)
@@ -287,7 +288,7 @@ def test_a_peer_that_ends_the_process_is_left_out_of_the_rest(
         return subprocess.CompletedProcess(command, -11)
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
-    assert gpu.bench(file, 60.0, 1.0) == -9
+    assert gpu.bench(file, 60.0, 1.0, ["--work", "16384"]) == -9
     assert asked == [[], ["--without=keops"], ["--without=keops"]]  # ours is left out of that work alone
     first, row, own = json.loads(file.read_text())["rows"]
     assert first == kept
@@ -436,6 +437,20 @@ def test_the_stages_need_a_gpu(gpu: ModuleType) -> None:
     for stage in ("test", "bench", "tune", "profile"):
         with pytest.raises(ValueError, match="no CUDA device"):
             gpu.main([stage])
+
+
+def test_what_bench_does_not_know_it_hands_on(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.machine, "describe", lambda device: {"device": "A GPU"})
+    monkeypatch.setattr(gpu, "bench", lambda *given: given)
+    options = ["--results", str(tmp_path), "--seconds", "9"]
+    given = gpu.main(["bench", *options, "--work", "16384", "--provider", "eager"])
+    assert given == (tmp_path / "a-gpu.json", 9.0, gpu.PATIENCE, ["--work", "16384", "--provider", "eager"])
+    with pytest.raises(SystemExit):
+        gpu.main(["tune", *options, "--work", "16384"])
+    assert "unrecognized arguments: --work 16384" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
