@@ -7,6 +7,7 @@ test files run beside each other, a search's candidates are compiled together.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from benchmarks.stages import SECONDS, Stage, again, outcome_of, ran, tool
 PATIENCE = 20.0
 WORTH = 1.02  # a configuration has to be this much faster than the table's to replace it
 CRASHES = [-s for s in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)]
+OF_THE_BARS = ("mmd_grad D=64", "nearest_filter RESIDENT=128", "nearest_filter RESIDENT=0", "langevin groups")  # first
 SANITIZERS = ("memcheck", "racecheck")
 TOGETHER, WORKERS = 3, 6  # test files at a time, and processes for each: they wait for the compiler most of the time
 
@@ -161,7 +163,7 @@ def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, 
     for kernel, sizes in (("grad", (16, 64, 128)), ("value", (16, 64, 128)), ("slope", (512,))):
         for dp in sizes:
             default = {k: v for k, v in mmd_launch.blocks(kernel, dp).items() if k != "BLOCK_M"}
-            spec, work = f"{kernel} imq_pairs D={dp} bf16x3", f"mmd {kernel} {dp}"
+            spec, work = f"{kernel} imq_pairs D={dp} bf16x3{' both' * (kernel != 'value')}", f"mmd {kernel} {dp}"
             # Where the table asks for fewer registers, with them first.
             fewer = [{**each, "maxnreg": default["maxnreg"]} for each in grid if "maxnreg" in default]
             found[f"mmd_{kernel} D={dp}"] = (f"mmd_{kernel}", f"D={dp}", fewer + grid, default, "mmd", spec, work)
@@ -180,7 +182,7 @@ def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, 
         spec, work = f"filter {width or 'wide'}", f"nearest filter {d}"
         key = f"RESIDENT={width}"
         found[f"nearest_filter {key}"] = ("nearest_filter", key, tiles, default, "nearest", spec, work)
-    return found
+    return {step: found[step] for step in (*OF_THE_BARS, *found)}
 
 
 def tune(stage: Stage) -> int:
@@ -190,11 +192,21 @@ def tune(stage: Stage) -> int:
     known = searches()
     name = f"{tuned.slug(stage.about['device'])}.json"
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=context, initializer=_without_a_gpu) as pool:
-        for step in stage.steps([step for step, (*_, family, spec, _) in known.items() if not _never(family, spec)]):
+    left = [
+        step for step, (*_, family, spec, _) in known.items() if step not in stage.done and not _never(family, spec)
+    ]
+    compiling: dict[str, Iterator[str | None]] = {}
+    workers = max(1, (os.cpu_count() or 1) - 2)  # the rest is for the calls that are timed meanwhile
+    with contextlib.ExitStack() as stack:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_without_a_gpu)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for step in stage.steps(left):
+            for soon in left[left.index(step) :][:2]:  # the next one's beside this one's timings
+                if soon not in compiling:
+                    kernel, key, candidates, default, family, spec, work = known[soon]
+                    compiling[soon] = _refusals(pool, kernel, key, family, spec, _default_first(candidates, default))
             kernel, key, candidates, default, family, spec, work = known[step]
-            several = [default, *(c for c in candidates if c != default)]
-            why = _refusals(pool, kernel, key, family, spec, several)
+            several, why = _default_first(candidates, default), list(compiling[step])
 
             def usable(candidate: Configuration, why: list[Any] = why, several: list[Any] = several) -> str | None:
                 found: str | None = why[several.index(candidate)]
@@ -231,9 +243,13 @@ def _without_a_gpu() -> None:
 
 def _refusals(
     pool: concurrent.futures.Executor, kernel: str, key: str, family: str, spec: str, candidates: list[Configuration]
-) -> list[str | None]:
-    """Of each candidate why it must not run, or None; compiled on all cores."""
-    return list(pool.map(partial(_refused, target(), kernel, key, family, spec), candidates))
+) -> Iterator[str | None]:
+    """Of each candidate why it must not run, or None; all are being compiled from now on."""
+    return pool.map(partial(_refused, target(), kernel, key, family, spec), candidates)
+
+
+def _default_first(candidates: list[Configuration], default: Configuration) -> list[Configuration]:
+    return [default, *(c for c in candidates if c != default)]
 
 
 def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Spec:
     signature: dict[str, Any]  # argument -> Triton type: "*fp32", "i64", "fp32", "constexpr", or a tuple of them
     constexprs: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # enable_fp_fusion and the like
     divisible: tuple[str, ...] = ()  # integers that the launcher would find divisible by 16
     hip: dict[str, Any] = field(default_factory=dict)  # options that differ on AMD

@@ -28,7 +28,8 @@ def specs() -> list[Spec]:
     types |= dict.fromkeys((*floats, "o_ptr", "out_ptr"), "*fp32")
     types |= dict.fromkeys(("coefficients_ptr", "partial_ptr"), "*fp64")
     types |= dict.fromkeys(("gradient_scale", "bend_scale", "scale", "limit"), "fp32")
-    divisible = ("padded_n", "padded", "first_row", "local_row", "first_column", "rows", "columns", "pulled")
+    divisible = ("d", "partials", "padded_n", "padded", "rows", "columns", "pulled")
+    divisible += ("first_tile", "first_row", "local_row", "first_column")
     listed = []
 
     def add(name: str, kernel: Any, constants: dict[str, Any], more: dict[str, Any], never: Any = ()) -> None:
@@ -49,11 +50,13 @@ def specs() -> list[Spec]:
         "pull": mmd_slab._mmd_pull_kernel,
     }
 
-    def launch(stage: str, name: str, dp: int, precision: str = "bf16x3", weighted: bool = False) -> None:
+    def launch(
+        stage: str, name: str, dp: int, precision: str = "bf16x3", weighted: bool = False, both: bool = False
+    ) -> None:
         degree = 3 if name == "polynomial" else 1
         pairs = (1.0, 8.1, 3.2, 0.5) if name == "imq_pairs" else None
         *_, parameters, form, _ = in_units(name.removesuffix("_pairs"), LISTED[name], pairs, stage == "bend")
-        title = f"{stage} {name} D={dp} {precision}{' weighted' * weighted}"
+        title = f"{stage} {name} D={dp} {precision}{' weighted' * weighted}{' both' * both}"
         more: dict[str, Any] = {"parameters": ("fp32",) * len(parameters)}
 
         def on(target: str) -> dict[str, Any] | None:
@@ -66,7 +69,7 @@ def specs() -> list[Spec]:
                 "FORM": form,
                 "ESTIMATOR": 0,
                 "TERMS": XX | YY | XY,
-                "BOTH": False,
+                "BOTH": both,
                 "INNER": name == "polynomial",
                 "DC": min(dp, CHUNK) if deep or stage in ("slope", "bend") else dp,
                 "DP": dp,
@@ -115,6 +118,8 @@ def specs() -> list[Spec]:
         for name in EXACT:
             launch(stage, name, 64, "bf16x6")
         launch(stage, "polynomial", 128, "bf16x6")
+    for stage, dp in (("grad", 16), ("grad", 64), ("grad", 128), ("slope", 512)):
+        launch(stage, "imq_pairs", dp, both=True)
     launch("slope", "rational_quadratic", 512)
     launch("slope", "polynomial", 512, "bf16x6")
     for stage in ("slope", "value", "pull"):

@@ -206,7 +206,10 @@ def specs() -> list[Spec]:
         options = dict(filter_options(width, of))
         constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": options.pop("BLOCK_N"), "BLOCK_K": BLOCK_K, "RESIDENT": width}
         launch = {**options, "hip": {"num_stages": 2}, "never": never}
-        listed.append(_spec(name, kernels._nearest_filter_kernel, types, constants, **launch))
+        known = types
+        if width == BLOCK_K:  # `blocks` is 1, which the launcher makes a constant
+            known, constants = {k: v for k, v in types.items() if k != "blocks"}, {**constants, "blocks": 1}
+        listed.append(_spec(name, kernels._nearest_filter_kernel, known, constants, **launch))
     columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
         points = {**types, **dict.fromkeys(("query_ptr", "database_ptr"), f"*{dtype}")}

@@ -439,6 +439,48 @@ def test_the_stages_need_a_gpu(gpu: ModuleType) -> None:
             gpu.main([stage])
 
 
+LAUNCHED = """
+import json, torch
+from benchmarks import gpu
+from fastgen.kernels import aot, launch, mmd_launch, nearest_launch, tuned
+
+def call(kernel, size):
+    if kernel.startswith("mmd"):
+        points = torch.zeros(8192, size), torch.zeros(8192, size)
+        sides = 0 if kernel == "mmd_value" else 2
+        return mmd_launch.mmd, *points, sides, "bf16x3", (1.0, 8.1, 3.2, 0.5), "imq", (), "unbiased", None, None, None
+    if kernel == "lpips":
+        maps = torch.zeros(2, size, 128, 128), torch.zeros(2, size, 128, 128), torch.ones(size)
+        return launch.lpips_layer, *maps, 1e-10, False, False, torch.ones(2), 1
+    return nearest_launch.search, torch.zeros(256, size), torch.zeros(4096, size), None
+
+for step, (kernel, key, candidates, default, family, name, work) in gpu.searches().items():
+    if name:
+        with tuned.forced(kernel, key, candidates[-1]):
+            listed = next(gpu._on("sm_90", family, name))
+            made = [s for s in aot.launched(*call(kernel, int(work.split()[-1]))) if s.kernel is listed.kernel]
+        both = [
+            {"signature": dict(sorted(s.signature.items())), "warps": s.num_warps, "stages": s.num_stages,
+             "constants": {k: str(v) for k, v in sorted(s.constexprs.items()) if k != "PTX"}, "options": s.options,
+             "divisible": sorted(set(s.divisible) & set(s.signature))}
+            for s in (listed, made[0])
+        ]
+        print(json.dumps([step, *both]))
+"""
+
+
+def test_what_the_search_compiles_is_what_it_times() -> None:
+    """To the key in Triton's cache: else each candidate would be compiled once more, alone, while the GPU waits."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 14
+    for step, listed, launched in rows:
+        assert listed == launched, step
+
+
 def test_what_bench_does_not_know_it_hands_on(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
