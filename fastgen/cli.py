@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         commands[argv[0]](argv[1:])
-    except UserError as error:
-        print(f"fastgen: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder where a file should be
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder where a file should be
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -60,8 +57,7 @@ def _parser(command: str, description: str) -> Any:
 
 
 def _quiet() -> None:
-    """Lightning's advice on data-loader workers and its banner do not apply: the data is in memory."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    """Lightning's banner and its advice do not apply."""
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -111,24 +107,11 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     given = parser.add_class_arguments(chosen, instantiate=False)
     # What a run's stages set themselves is not for the outside, nor what would change nothing: they do not validate.
     own = {
-        "max_epochs",
-        "max_steps",
-        "min_epochs",
-        "min_steps",
-        "enable_checkpointing",
-        "default_root_dir",
-        "barebones",
-        "fast_dev_run",
-        "overfit_batches",
-        "limit_val_batches",
-        "limit_test_batches",
-        "limit_predict_batches",
-        "val_check_interval",
-        "check_val_every_n_epoch",
-        "num_sanity_val_steps",
-        "reload_dataloaders_every_n_epochs",
+        "max_epochs", "max_steps", "min_epochs", "min_steps", "enable_checkpointing", "default_root_dir", "barebones",
+        "fast_dev_run", "overfit_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+        "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs",
         "use_distributed_sampler",
-    }
+    }  # fmt: skip
     own |= set(getattr(chosen, "not_for_trainer", ()))
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     resumed = _stored(name, argv) if command == "train" and _wants_resume(argv) else []
@@ -249,29 +232,18 @@ def evaluate(argv: list[str]) -> None:
     parsed = parser.parse_args(argv)
     run, images, model = _open(parsed.run)
     from fastgen import report
+    from fastgen.models import evaluation
 
     name = run.record["model"]
-    if hasattr(model, "measure"):
-        from fastgen.models.run import write_json
-
-        measured = model.measure(run, images)
-        write_json(run.path / "metrics.json", measured)
-        print(report.measured_table(measured))
-    elif images.train_label is None:  # no classifier can be trained to judge by
-        from fastgen.models.evaluation import measure_pixels
-        from fastgen.models.run import write_json
-
-        measured = measure_pixels(run, model, images)
-        write_json(run.path / "metrics.json", measured)
-        panels = {"real": images.test[:100], name.upper(): model.sample(100, seed=0)}
-        report.samples(run.path / "samples.png", panels)
+    if hasattr(model, "measure") or images.train_label is None:  # no classifier can be trained to judge by
+        measured = evaluation.measure(run, model, images)
+        if not hasattr(model, "measure"):
+            panels = {"real": images.test[:100], name.upper(): model.sample(100, seed=0)}
+            report.samples(run.path / "samples.png", panels)
         print(report.measured_table(measured))
     else:
-        from fastgen.models.evaluation import Gaussian
-        from fastgen.models.evaluation import evaluate as measure
-
-        baseline = Gaussian(images.train)
-        measured = measure(run, model, images, baseline, name=name)
+        baseline = evaluation.Gaussian(images.train)
+        measured = evaluation.evaluate(run, model, images, baseline, name=name)
         drawn = model.sample(100, seed=0)
         panels = {"real": images.test[:: max(1, len(images.test) // 100)], name.upper(): drawn}
         report.samples(run.path / "samples.png", {**panels, "Gaussian": baseline.sample(100, seed=0)})

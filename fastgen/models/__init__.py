@@ -1,9 +1,11 @@
 """Models of the family, built on `fastgen.nn` and `fastgen.search`; they need the extra `train`.
 
-A model is a class with
+A model is a `model.Model`: a class with
 
-    fit(images, out, resume=, trainer=)   train into the folder `out`, with a `Run`
-    load(run, images)                     classmethod: the model of a finished run
+    arguments                             what it was made with, for run.json
+    stages(images, training=)             its trainings in turn, from which come
+        fit(images, out, resume=, trainer=)   train into the folder `out`, with a `Run`
+        load(run, images)                     classmethod: the model of a run
     sample(n, seed=)                      images [n, C, H, W] in [0, 1]
     on_disk                               True where it reads `Stored` images, which need not fit into memory
     not_for_trainer                       options of Lightning's Trainer that the command line does not offer for it
@@ -13,8 +15,7 @@ and, where they mean something for it, what `fastgen evaluate` draws and measure
     reconstructions(images, n)            (originals, reconstructions), n of the training images each
     interpolations(rows, steps)           images [rows · steps, C, H, W], a row each from one code to another
     pictures(folder)                      writes further pictures, returns their names without ".png"
-    measure(run, images)                  in place of the classifier's figures: a dict for metrics.json, written by
-                                          the caller, with "seconds" and "peak_rss" as `evaluation.evaluate` has them
+    measure(images)                       in place of the classifier's figures: a dict for metrics.json
 """
 
 import importlib

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.data import Images
 from fastgen.models.networks import ConvClassifier, in_batches
-from fastgen.models.run import generator, row_loader
+from fastgen.models.run import EpochBatches, generator, seeded
 
 
 class Classifier(LightningModule):
@@ -19,10 +19,10 @@ class Classifier(LightningModule):
     strong units would decide every distance.
     """
 
-    def __init__(self, images: Images, *, epochs: int, lr: float = 2e-3, seed: int = 0) -> None:
+    def __init__(self, images: Images, *, lr: float = 2e-3, seed: int = 0) -> None:
         super().__init__()
         assert images.train_label is not None
-        self.epochs, self.lr, self.seed = epochs, lr, seed
+        self.lr, self.seed = lr, seed
         self.net = ConvClassifier(images.shape, int(images.train_label.max()) + 1)
         self._held = {"x": images.train, "label": images.train_label}
         self.mean = self.std = torch.ones(())
@@ -40,41 +40,26 @@ class Classifier(LightningModule):
         random = generator(self.seed, self.current_epoch * 10_000 + batch_number, 3)
         shift = torch.randint(-1, 2, (2,), generator=random).tolist()
         images = self._held["x"][rows].roll(shift, (2, 3))
-        return tf.cross_entropy(self.net(images)[0], self._held["label"][rows])
+        return tf.cross_entropy(self.net(images), self._held["label"][rows])
 
     def logits(self, images: Tensor) -> Tensor:
-        return in_batches(_Part(self.net, 0), images, 512)
+        return in_batches(self.net, images, 512)
 
     def features(self, images: Tensor) -> Tensor:
         """[N, 64] float32, standardised."""
-        return (in_batches(_Part(self.net, 1), images, 512) - self.mean) / self.std
+        return (in_batches(self.net.body, images, 512) - self.mean) / self.std
 
 
-class _Part(torch.nn.Module):
-    def __init__(self, net: torch.nn.Module, part: int) -> None:
-        super().__init__()
-        self.net, self.part = net, part
-
-    def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.net(images)[self.part]
-        return result
-
-
-def fit_classifier(
-    images: Images, *, epochs: int = 8, seed: int = 0, trainer: dict[str, Any] | None = None
-) -> Classifier:
+def fit_classifier(images: Images, *, epochs: int = 8, seed: int = 0) -> Classifier:
     """Train on `images.train`; standardise by `images.test`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = Classifier(images, epochs=epochs, seed=seed)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }
-    Trainer(max_epochs=epochs, **{**(trainer or {}), **quiet}).fit(classifier, row_loader(len(images.train), 64, seed))
+    with seeded(seed):
+        classifier = Classifier(images, seed=seed)
+    unseen: Any = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
+    )
+    trainer = Trainer(max_epochs=epochs, **unseen)
+    trainer.fit(classifier, EpochBatches(len(images.train), 64, seed))
     classifier.cpu().eval()
-    raw = in_batches(_Part(classifier.net, 1), images.test, 512)
+    raw = in_batches(classifier.net.body, images.test, 512)
     classifier.mean, classifier.std = raw.mean(0), raw.std(0).clamp_min(1e-6)
     return classifier

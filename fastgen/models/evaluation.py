@@ -63,26 +63,34 @@ def evaluate(run: Run, model: Any, images: Images, baseline: Gaussian, *, name: 
     start = time.perf_counter()
     classifier = fit_classifier(images)
     right = classifier.logits(images.test).argmax(1) == images.test_label
-    run_seconds = {"classifier": time.perf_counter() - start}
-    start = time.perf_counter()
+    trained = time.perf_counter()
     reference = classifier.features(images.test)
     result: dict[str, Any] = {}
     for who, source in {"real": _Real(images.train), "gaussian": baseline, name: model}.items():
         rows = [figures(source.sample(len(images.test), seed=seed), reference, classifier) for seed in SEEDS]
         result[who] = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         result[who]["spread"] = {key: [min(row[key] for row in rows), max(row[key] for row in rows)] for key in rows[0]}
-    run_seconds["metrics"] = time.perf_counter() - start
     result["classifier_accuracy"] = float(right.double().mean())
     result["samples"] = len(images.test)
-    # Replaced, not summed: a second evaluation is not a longer one.
-    result["seconds"] = {**run.seconds(), **run_seconds}
+    return _kept(run, result, {"classifier": trained - start, "metrics": time.perf_counter() - trained})
+
+
+def measure(run: Run, model: Any, images: Images) -> dict[str, Any]:
+    """Measure and write `metrics.json` without a classifier: by the model's own `measure`, else in pixels."""
+    start = time.perf_counter()
+    result = model.measure(images) if hasattr(model, "measure") else measure_pixels(model, images)
+    return _kept(run, result, {"metrics": time.perf_counter() - start})
+
+
+def _kept(run: Run, result: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     run.note_peak("evaluate")
-    result["peak_rss"] = run.read("peak_rss.json")
+    # Replaced, not summed: a second evaluation is not a longer one.
+    result |= {"seconds": {**run.seconds(), **seconds}, "peak_rss": run.read("peak_rss.json")}
     write_json(run.path / "metrics.json", result)
     return result
 
 
-def measure_pixels(run: Run, model: Any, images: Images) -> dict[str, Any]:
+def measure_pixels(model: Any, images: Images) -> dict[str, Any]:
     """For data without labels: the figures in pixels, of as many samples as there are test images (5,000 at most).
 
     kid, precision, recall, density, coverage and two_sample as `metrics` defines them; nearest: mean squared distance
@@ -90,17 +98,12 @@ def measure_pixels(run: Run, model: Any, images: Images) -> dict[str, Any]:
     """
     if len(images.test) <= 5:
         raise UserError(f"data: evaluation needs 30 images or more, {images.name} has {len(images.train)} to train on")
-    start = time.perf_counter()
     real = images.test[:5000].flatten(1)
     fake = model.sample(len(real), seed=0).flatten(1)
-    result: dict[str, Any] = {
+    return {
         "kid": metrics.kid(real, fake),
         **metrics.manifold(real, fake)._asdict(),
         "two_sample": metrics.two_sample(real, fake).accuracy,
         "nearest": float(nearest(real, fake).distance.mean()),
         "samples": len(fake),
     }
-    result["seconds"] = {**run.seconds(), "metrics": time.perf_counter() - start}
-    run.note_peak("evaluate")
-    result["peak_rss"] = run.read("peak_rss.json")
-    return result

@@ -4,9 +4,7 @@ Sparse FRAME would be another score beside `FilterScore` and `ConvScore`, multi-
 """
 
 import inspect
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from fastgen import check, data
 from fastgen.models.frame_learner import PIXELS, ConvScore, FilterScore, Learner
-from fastgen.models.run import Run, arguments_of, generator, row_loader
+from fastgen.models.model import Model, Stage
+from fastgen.models.run import EpochBatches, arguments_of, generator, seeded
 from fastgen.nn import trunk as make_trunk
 
-STAGE = "frame"
 ROUNDS = 10  # parameter steps of an epoch of deep FRAME, whose data is its filter means
 
 # What deep FRAME matches by default: four depths of EfficientNet-lite0, two of VGG16.
@@ -28,10 +26,8 @@ LAYERS = {
 }
 
 
-class _Frame:
-    """What the three models share."""
-
-    name: str
+class _Frame(Model):
+    """What the three models share. A run taken up again ends with the same chains to the bit."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         a = self.arguments = arguments
@@ -61,45 +57,15 @@ class _Frame:
         self.images: data.Images | None = None
         self._drawn: Tensor | None = None
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> Any:
-        """Train into the folder `out`; a run taken up again (resume) ends with the same chains to the bit.
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
+        # Kept before it is trained: what a diverging run has recorded can be read.
+        self.learner, self.images = self._learner(images), images
+        yield Stage("frame", self.learner, self._loader(images), self.arguments["epochs"])
 
-        trainer: more arguments for lightning.Trainer
-
-        Raises UserError where `out` holds another run, or one that was asked for differently, or where the chains
-        diverge.
-        """
-        learner = self._learner(images)  # what it lacks is said before the folder is claimed
-        run = Run.start(out, self.name, images, self.arguments, resume=resume)
-        self._take(learner, images)  # what a diverging run has recorded can be read
-        run.fit(STAGE, learner, self._loader(images), self.arguments["epochs"], trainer or {})
-        run.note_peak("train")
-        return self._take(learner, images)
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> Any:
-        """The model of a run on the same data, as its newest checkpoint has it."""
-        model = cls(**run.record["arguments"])
-        learner = model._learner(images)
-        run.restore(STAGE, learner)
-        return model._take(learner, images)
-
-    def _take(self, learner: Learner, images: data.Images) -> Any:
-        self.learner, self.images = learner.cpu(), images
-        return self
-
-    def _loader(self, images: data.Images) -> Any:
+    def _loader(self, images: data.Images) -> EpochBatches:
         a = self.arguments
-        if "width" not in a:
-            return row_loader(ROUNDS, 1, a["seed"])
-        return row_loader(len(images.train), a["batch"], a["seed"])
+        rows, batch = (len(images.train), a["batch"]) if "width" in a else (ROUNDS, 1)
+        return EpochBatches(rows, batch, a["seed"])
 
     def _learner(self, images: data.Images) -> Learner:
         a = self.arguments
@@ -107,8 +73,7 @@ class _Frame:
         if not std > 0:
             raise check.UserError(f"data: {images.name} has images of one colour")
         observed = (images.train - mean) / std
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
+        with seeded(a["seed"]):
             score = self._score(images, mean, std)
         rounds, bounds = len(self._loader(images)), ((0 - mean) / std, (1 - mean) / std)
         if rounds * a["epochs"] * a["n_steps"] >= 2**28:
@@ -166,10 +131,9 @@ class _Frame:
             self._drawn = self.sample(8, seed=0)
         return self._drawn
 
-    def measure(self, run: Run, images: data.Images) -> dict[str, Any]:
+    def measure(self, images: data.Images) -> dict[str, Any]:
         """U over D of the chains, the data and new samples, and of deep FRAME how well filter means match."""
         assert self.learner is not None, "fit or load first"
-        start = time.perf_counter()
         learner, score = self.learner, self.learner.score
         shape = tuple(learner.chains.shape[1:])
         low, high = learner.bounds
@@ -188,9 +152,6 @@ class _Frame:
                 for who in ("chains", "samples", "test"):
                     means = torch.cat([score.means(part) for part in states[who].split(64)]).double().mean(0)
                     result |= {f"{who}: {key}": value for key, value in match_table(score, means).items()}
-        result["seconds"] = {**run.seconds(), "evaluate": time.perf_counter() - start}
-        run.note_peak("evaluate")
-        result["peak_rss"] = run.read("peak_rss.json")
         return result
 
     def pictures(self, folder: Path) -> list[str]:

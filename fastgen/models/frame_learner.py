@@ -203,9 +203,12 @@ class Learner(LightningModule):
 
     def energy(self, x: Tensor) -> Tensor:
         """U(x), [N]."""
+        return self._prior(x) - self.score(x)
+
+    def _prior(self, x: Tensor) -> Tensor:
+        """‖x‖²/2σ², [N]; 0 without a reference."""
         scale = self.settings["reference_scale"]
-        prior = 0.0 if scale is None else x.flatten(1).square().sum(1) / (2 * scale**2)
-        return prior - self.score(x)
+        return x.new_zeros(len(x)) if scale is None else x.flatten(1).square().sum(1) / (2 * scale**2)
 
     def pull(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f(x), −∇f(x)), without a graph."""
@@ -228,7 +231,7 @@ class Learner(LightningModule):
         for k in range(steps):
             score, gradient = self.pull(x)
             if k == steps - 1:
-                energy = (0.0 if scale is None else x.flatten(1).square().sum(1) / (2 * scale**2)) - score
+                energy = self._prior(x) - score
             langevin_step_(
                 x,
                 gradient,

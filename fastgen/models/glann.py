@@ -1,21 +1,18 @@
 """GLANN: GLO learns a generator with a latent for each image, IMLE learns to draw such latents from noise."""
 
-import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastgen import check, data
-from fastgen.models.glo import GLO, Decoder, initial_latents
+from fastgen.models.glo import Decoder
 from fastgen.models.imle import LatentIMLE
 from fastgen.models.imle_pool import codes, key
-from fastgen.models.networks import in_batches
-from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
-from fastgen.nn import PerceptualLoss
-
-NAME = "glann"
+from fastgen.models.model import Stage
+from fastgen.models.networks import in_batches, perceptual_loss
+from fastgen.models.run import EpochBatches, arguments_of, seeded
 
 # What is compared by default: four depths of EfficientNet-lite0; GLANN's own taps of VGG16.
 LAYERS = {
@@ -58,6 +55,8 @@ class GLANN(Decoder):
         seed: of everything drawn in training.
     """
 
+    name = "glann"
+
     def __init__(
         self,
         latent_dim: int = 64,
@@ -96,78 +95,20 @@ class GLANN(Decoder):
         check.choice("latent_init", latent_init, ("pca", "random"))
         self.mapper: torch.nn.Module | None = None
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> "GLANN":
-        """Train both stages into the folder `out`, each with its own checkpoint and log.
-
-        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was, in the middle of
-            an epoch too
-        trainer: more arguments for both stages' lightning.Trainer
-
-        Raises UserError where `out` holds another run, or one that was asked for differently.
-        """
-        loss = self._loss()  # what it lacks is said before the folder is claimed
-        a, options, rows = self.arguments, trainer or {}, len(images.train)
-        every = a["checkpoint_every"]
-        run = Run.start(out, NAME, images, a, resume=resume)
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
+        a, rows = self.arguments, len(images.train)
+        every, options = a["checkpoint_every"], {"pixel_weight": a["pixel_weight"]}
+        loss = perceptual_loss(a["trunk"], a["layers"], LAYERS, **options) if training else None
         glo = self._glo(images.train, loss)
-        loader = ResumableBatches(rows, a["glo_batch"], a["seed"])
-        run.fit("glo", glo, loader, a["glo_epochs"], options, every=every)
-        imle = self._imle(glo.latent.weight.detach())
-        loader = ResumableBatches(rows, a["imle_batch"], a["seed"] + 1)
-        run.fit("imle", imle, loader, a["imle_epochs"], options, every=every)
-        run.note_peak("train")
-        return self._take(glo, imle)
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "GLANN":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        glo = model._glo(images.train, None)
-        run.restore("glo", glo)
-        imle = model._imle(glo.latent.weight.detach())
-        run.restore("imle", imle)
-        return model._take(glo, imle)
-
-    def _loss(self) -> PerceptualLoss:
-        a = self.arguments
-        layers = a["layers"] or LAYERS.get(a["trunk"])
-        if layers is None:
-            raise check.UserError(f"layers: expected names of layers of {a['trunk']!r} to compare")
-        try:
-            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"])
-        except (ValueError, TypeError, OSError) as error:
-            raise check.UserError(str(error)) from None
-
-    def _glo(self, images: Tensor, loss: PerceptualLoss | None) -> GLO:
-        a = self.arguments
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
-            kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
-            latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
-            rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
-            return GLO(images, loss, latent, width=a["width"], **rates)
-
-    def _imle(self, latent: Tensor) -> LatentIMLE:
-        a = self.arguments
+        yield Stage("glo", glo, EpochBatches(rows, a["glo_batch"], a["seed"]), a["glo_epochs"], every)
+        self.generator, self.latent = glo.generator, glo.latent.weight.detach()
         shape = {"noise_dim": a["noise_dim"], "hidden": a["hidden"], "layers": a["hidden_layers"]}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"] + 1)
-            return LatentIMLE(latent, **shape, pool=a["pool"], chunk=a["chunk"], lr=a["imle_lr"], seed=a["seed"])
-
-    def _take(self, glo: GLO, imle: LatentIMLE) -> "GLANN":
-        self.generator, self.mapper = glo.generator.cpu().eval(), imle.mapper.cpu().eval()
-        self.latent = glo.latent.weight.detach().cpu()
-        return self
+        with seeded(a["seed"] + 1):
+            imle = LatentIMLE(self.latent, **shape, pool=a["pool"], chunk=a["chunk"], lr=a["imle_lr"], seed=a["seed"])
+        yield Stage("imle", imle, EpochBatches(rows, a["imle_batch"], a["seed"] + 1), a["imle_epochs"], every)
+        self.mapper = imle.mapper
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.mapper is not None, "fit or load first"
         noise = codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1))
         return self.decode(in_batches(self.mapper, noise))

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
+from fastgen.models.model import Model
 from fastgen.models.networks import Generator, in_batches
 from fastgen.models.row_adam import RowAdam, project
-from fastgen.models.run import EpochLoss
+from fastgen.models.run import EpochLoss, generator, seeded
 
 # Options of Lightning's Trainer that it refuses beside two optimisers.
 NOT_BESIDE_TWO_OPTIMISERS = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
@@ -83,12 +84,20 @@ class GLO(EpochLoss):
         self.count(len(rows), loss)
 
 
-class Decoder:
-    """What a trained generator with a latent for each training image can draw."""
+class Decoder(Model):
+    """What a generator with a latent for each training image can draw."""
 
     not_for_trainer = NOT_BESIDE_TWO_OPTIMISERS
     generator: nn.Module | None = None
     latent: Tensor | None = None
+
+    def _glo(self, images: Tensor, loss: nn.Module | None, space: str = "sphere") -> GLO:
+        a = self.arguments
+        kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
+        latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
+        rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
+        with seeded(a["seed"]):
+            return GLO(images, loss, latent, width=a["width"], **rates, sphere_or_ball=space)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Images [N, C, H, W] in [0, 1] of latents [N, latent_dim]."""

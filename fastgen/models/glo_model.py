@@ -1,20 +1,20 @@
 """GLO as a model of its own: images drawn from a Gaussian fitted to the latents that were learned."""
 
-import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import check, data
 from fastgen.functional import laplacian_pyramid_loss
-from fastgen.models.glo import GLO, Decoder, initial_latents
+from fastgen.models.glo import Decoder
 from fastgen.models.imle_pool import codes
 from fastgen.models.imle_space import LAYERS
+from fastgen.models.model import Stage
+from fastgen.models.networks import perceptual_loss
 from fastgen.models.row_adam import project
-from fastgen.models.run import ResumableBatches, Run, arguments_of, generator
-from fastgen.nn import PerceptualLoss
+from fastgen.models.run import EpochBatches, arguments_of
 
 
 class LaplacianLoss(nn.Module):
@@ -57,6 +57,8 @@ class GLOModel(Decoder):
         seed: of everything drawn in training.
     """
 
+    name = "glo"
+
     def __init__(
         self,
         latent_dim: int = 64,
@@ -89,31 +91,12 @@ class GLOModel(Decoder):
         check.choice("latent_space", latent_space, ("sphere", "ball"))
         check.choice("loss", loss, ("laplacian", "perceptual"))
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> "GLOModel":
-        """Train into the folder `out`; resume and trainer as `GLANN.fit`."""
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
         a = self.arguments
-        loss = self._loss(images.shape)  # what it lacks is said before the folder is claimed
-        run = Run.start(out, "glo", images, a, resume=resume)
-        module = self._module(images.train, loss)
-        loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
-        run.fit("glo", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
-        run.note_peak("train")
-        return self._take(module)
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "GLOModel":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        module = model._module(images.train, None)
-        run.restore("glo", module)
-        return model._take(module)
+        glo = self._glo(images.train, self._loss(images.shape) if training else None, a["latent_space"])
+        loader = EpochBatches(len(images.train), a["batch"], a["seed"])
+        yield Stage("glo", glo, loader, a["epochs"], a["checkpoint_every"])
+        self.generator, self.latent = glo.generator, glo.latent.weight.detach()
 
     def _loss(self, shape: tuple[int, int, int]) -> nn.Module:
         a = self.arguments
@@ -123,30 +106,9 @@ class GLOModel(Decoder):
             if levels > most:
                 raise check.UserError(f"levels: expected at most {most} for images of {shape[1]}x{shape[2]}")
             return LaplacianLoss(levels, a["pixel_weight"])
-        layers = a["layers"] or LAYERS.get(a["trunk"])
-        if layers is None:
-            raise check.UserError(f"layers: expected names of layers of {a['trunk']!r} to compare")
-        try:
-            return PerceptualLoss(a["trunk"], layers=layers, pixel_weight=a["pixel_weight"])
-        except (ValueError, TypeError, OSError) as error:
-            raise check.UserError(str(error)) from None
-
-    def _module(self, images: Tensor, loss: nn.Module | None) -> GLO:
-        a = self.arguments
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
-            kind = "random" if loss is None else a["latent_init"]  # a checkpoint's latents replace them
-            latent = initial_latents(images, a["latent_dim"], kind, generator(a["seed"], 0, 2))
-            rates = {"generator_lr": a["generator_lr"], "latent_lr": a["latent_lr"]}
-            return GLO(images, loss, latent, width=a["width"], **rates, sphere_or_ball=a["latent_space"])
-
-    def _take(self, module: GLO) -> "GLOModel":
-        self.generator = module.generator.cpu().eval()
-        self.latent = module.latent.weight.detach().cpu()
-        return self
+        return perceptual_loss(a["trunk"], a["layers"], LAYERS, pixel_weight=a["pixel_weight"])
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.latent is not None, "fit or load first"
         latent = self.latent.double()
         mean = latent.mean(0)

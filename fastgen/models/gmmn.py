@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastgen import check, data
 from fastgen.functional import RBF, median_squared_distance, mmd
+from fastgen.models.model import Model, Stage
 from fastgen.models.networks import in_batches
-from fastgen.models.run import Run, arguments_of, cosine, row_loader, step_generator
+from fastgen.models.run import EpochBatches, arguments_of, cosine, seeded, step_generator
 
-NAME = "gmmn"
 LADDER = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the median squared distance: the Gaussians' 2·bandwidth²
 
 
@@ -98,7 +98,7 @@ class MomentTraining(LightningModule):
         return loss
 
 
-class GMMN:
+class GMMN(Model):
     """Generative moment matching network: x = G(h), or D(G(h)) through an auto-encoder's decoder D; h is uniform.
 
     Source: Li, Swersky and Zemel, Generative Moment Matching Networks, ICML 2015 (also Dziugaite, Roy and Ghahramani,
@@ -121,6 +121,8 @@ class GMMN:
         drop: share of the pixels hidden from the auto-encoder in training.
         seed: of everything drawn in training.
     """
+
+    name = "gmmn"
 
     def __init__(
         self,
@@ -154,67 +156,23 @@ class GMMN:
         self.code: CodeTraining | None = None
         self.body: nn.Module | None = None
         self.shape: tuple[int, int, int] = (0, 0, 0)
-        self.target = torch.empty(0)
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> "GMMN":
-        """Train into the folder `out`: the auto-encoder where there is one, then the generator.
-
-        resume: go on with the run in `out` from its last whole checkpoint, in whichever stage it was
-        trainer: more arguments for both stages' lightning.Trainer
-
-        Raises UserError where `out` holds another run, or one that was asked for differently.
-        """
-        a, options, rows = self.arguments, trainer or {}, len(images.train)
-        spread(images.train.flatten(1))  # said before the folder is claimed
-        run = Run.start(out, NAME, images, a, resume=resume)
-        code = None
-        if a["space"] == "code":
-            code = self._code(images)
-            run.fit("autoencoder", code, row_loader(rows, a["code_batch"], self.keys[0]), a["code_epochs"], options)
-        training = self._moments(images, code)
-        run.fit("gmmn", training, row_loader(rows, a["batch"], self.keys[1]), a["epochs"], options)
-        run.note_peak("train")
-        return self._take(training, code)
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "GMMN":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        code = None
-        if model.arguments["space"] == "code":
-            code = model._code(images)
-            run.restore("autoencoder", code)
-        training = model._moments(images, code)
-        run.restore("gmmn", training)
-        return model._take(training, code)
-
-    def _code(self, images: data.Images) -> CodeTraining:
-        a = self.arguments
-        shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.keys[0])
-            return CodeTraining(images.train.flatten(1), **shape, drop=a["drop"], lr=a["code_lr"], seed=a["seed"])
-
-    def _moments(self, images: data.Images, code: CodeTraining | None) -> MomentTraining:
-        a = self.arguments
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
+        a, rows, target = self.arguments, len(images.train), images.train.flatten(1)
         self.shape = images.shape
-        flat = images.train.flatten(1)
-        self.target = flat if code is None else in_batches(code.cpu().encoder, flat)
-        shape = {"noise_dim": a["noise_dim"], "hidden": tuple(a["hidden"])}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.keys[1])
-            return MomentTraining(self.target, **shape, lr=a["lr"], seed=a["seed"])
-
-    def _take(self, training: MomentTraining, code: CodeTraining | None) -> "GMMN":
-        self.body, self.code = training.body.cpu().eval(), code
-        return self
+        if a["space"] == "code":
+            spread(target)  # said before the folder is claimed
+            shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
+            with seeded(self.keys[0]):
+                code = CodeTraining(target, **shape, drop=a["drop"], lr=a["code_lr"], seed=a["seed"])
+            yield Stage("autoencoder", code, EpochBatches(rows, a["code_batch"], self.keys[0]), a["code_epochs"])
+            self.code, target = code, in_batches(code.encoder, target)
+        with seeded(self.keys[1]):
+            moments = MomentTraining(
+                target, noise_dim=a["noise_dim"], hidden=tuple(a["hidden"]), lr=a["lr"], seed=a["seed"]
+            )
+        yield Stage("gmmn", moments, EpochBatches(rows, a["batch"], self.keys[1]), a["epochs"])
+        self.body = moments.body
 
     def decode(self, code: Tensor) -> Tensor:
         """Images [N, C, H, W] in [0, 1] of codes [N, code_dim], or of flat pixels."""
@@ -222,7 +180,6 @@ class GMMN:
         return flat.unflatten(1, self.shape)
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.body is not None, "fit or load first"
         noise = draw_noise(n, self.arguments["noise_dim"], torch.Generator().manual_seed(seed))
         return self.decode(in_batches(self.body, noise))

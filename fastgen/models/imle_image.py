@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from fastgen.models import processes
 from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_pool import Found, codes, key, own_spans, search_own, search_pool, spans
 from fastgen.models.imle_space import Space, space
+from fastgen.models.model import Model, Stage
 from fastgen.models.networks import ImageMLP, in_batches
-from fastgen.models.run import EpochLoss, ResumableBatches, Run, arguments_of, cosine
+from fastgen.models.run import EpochBatches, EpochLoss, Run, arguments_of, cosine, seeded
 
 BLOCK = 2**28  # bytes of data that are searched for at a time
 PART = 1000  # samples that pass the network at a time
@@ -81,11 +82,11 @@ class PoolIMLE(EpochLoss):
         n = len(held["images"])
         if isinstance(held["images"], Tensor):
             held["images"] = held["images"].to(self.device)
-            width = held["measure"].points(held["images"][:1]).shape[1]
+            width = held["measure"](held["images"][:1]).shape[1]
             if type(held["measure"]) is Space:
                 held["points"] = held["images"].flatten(1)
             elif 4 * n * width <= 4 * BLOCK:
-                held["points"] = in_batches(_Points(held["measure"]), held["images"], PART)
+                held["points"] = in_batches(held["measure"], held["images"], PART)
         some = torch.arange(0, n, max(1, n // 2000), device=self.device)[:2000]
         reference = self._points(some)
         # Of few data the fifth neighbour is another's; the last one then.
@@ -101,7 +102,7 @@ class PoolIMLE(EpochLoss):
         if "points" in self._held:
             points: Tensor = self._held["points"][rows]
             return points
-        return in_batches(_Points(self._held["measure"]), self.images(rows), PART)
+        return in_batches(self._held["measure"], self.images(rows), PART)
 
     def sample(self, ids: Tensor, about: Any) -> Tensor:
         """Images of the samples `ids`; about: what the condition tells of them."""
@@ -113,7 +114,7 @@ class PoolIMLE(EpochLoss):
         """Their points, `PART` at a time."""
         parts = [slice(i, i + PART) for i in range(0, len(ids), PART)]
         made = [self.sample(ids[p], None if about is None else about[p]) for p in parts]
-        return torch.cat([self._held["measure"].points(images) for images in made])
+        return torch.cat([self._held["measure"](images) for images in made])
 
     def on_train_epoch_start(self) -> None:
         start = time.perf_counter()
@@ -148,7 +149,7 @@ class PoolIMLE(EpochLoss):
     def _search(self, rows: Tensor) -> Found:
         n, condition = len(self.chosen), self._held["condition"]
         first = self.current_epoch * self.pool * n
-        width = self._held["measure"].points(self.images(rows[:1])).shape[1]
+        width = self._held["measure"](self.images(rows[:1])).shape[1]
         block = max(1, BLOCK // (4 * width))
         shown = self.trainer.progress_bar_callback is not None and processes.rank() == 0
         groups = [] if condition.kind == "image" else list(condition.groups(rows, n))
@@ -186,41 +187,7 @@ class PoolIMLE(EpochLoss):
         return loss
 
 
-class _Points(torch.nn.Module):
-    def __init__(self, measure: Space) -> None:
-        super().__init__()
-        self.measure = measure
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.measure.points(images)
-
-
-def _start(
-    out: str | os.PathLike[str],
-    name: str,
-    images: data.Images,
-    arguments: dict[str, Any],
-    about: Condition,
-    resume: bool,
-) -> Run:
-    """`Run.start`, with the changes that no argument can mend told first."""
-    more: dict[str, Any] = {"processes": processes.size()}
-    if about.told is not None:
-        data.read_through(about.told)
-        more["condition_fingerprint"] = data.fingerprint(about.told)
-    if resume and (Path(out) / "run.json").exists():
-        before = Run(out).record
-        if before.get("processes") != more["processes"]:
-            raise check.UserError(
-                f"processes: the run in {out} goes on with as many as it began with, {before.get('processes')}; "
-                f"got {more['processes']}"
-            )
-        if before.get("condition_fingerprint") != more.get("condition_fingerprint"):
-            raise check.UserError(f"condition: {arguments['condition']} has changed since the run in {out} began")
-    return Run.start(out, name, images, arguments, resume=resume, more=more)
-
-
-class IMLE:
+class IMLE(Model):
     """Implicit maximum likelihood estimation: x = G(z), z ~ N(0, I), without an adversary and without a dropped mode.
 
     At each search `pool` samples for every datum are made, a chunk at a time, and each datum keeps the number of the
@@ -304,55 +271,48 @@ class IMLE:
         *,
         resume: bool = False,
         trainer: dict[str, Any] | None = None,
-    ) -> "IMLE":
-        """Train into the folder `out`, with a checkpoint every `checkpoint_every` steps and at each epoch's end.
-
-        resume: go on with the run in `out` from its last whole checkpoint; in the middle of an epoch too, to the same
-            weights as if it had not been broken off
-        trainer: more arguments for lightning.Trainer
-
-        Raises UserError where `out` holds another run, or one that was asked for differently or in another number of
-        processes.
-        """
-        a = self.arguments
+    ) -> Self:
+        """As `Model.fit`, in as many processes as torchrun started: a run goes on in the same number."""
         with processes.joined() as more:
-            if a["batch"] % processes.size():
+            if (batch := self.arguments["batch"]) % processes.size():
+                raise check.UserError(f"batch: expected a multiple of the {processes.size()} processes, got {batch}")
+            return super().fit(images, out, resume=resume, trainer={**more, **(trainer or {})})
+
+    def _claim(self, out: str | os.PathLike[str], images: data.Images, resume: bool) -> Run:
+        """With the changes that no argument can mend told first."""
+        return processes.lead(lambda: self._start(Path(out), images, resume), lambda: Run(out))
+
+    def _start(self, out: Path, images: data.Images, resume: bool) -> Run:
+        assert self.condition is not None
+        more: dict[str, Any] = {"processes": processes.size()}
+        if (told := self.condition.told) is not None:
+            data.read_through(told)
+            more["condition_fingerprint"] = data.fingerprint(told)
+        if resume and (out / "run.json").exists():
+            before = Run(out).record
+            if before.get("processes") != more["processes"]:
                 raise check.UserError(
-                    f"batch: expected a multiple of the {processes.size()} processes, got {a['batch']}"
+                    f"processes: the run in {out} goes on with as many as it began with, {before.get('processes')}; "
+                    f"got {more['processes']}"
                 )
-            module = self._module(images)  # what it lacks is said before the folder is claimed
-            about = module._held["condition"]
-            run = processes.lead(lambda: _start(out, self.name, images, a, about, resume), lambda: Run(out))
-            loader = ResumableBatches(len(images.train), a["batch"], a["seed"])
-            every = a["checkpoint_every"]
-            run.fit("imle", module, loader, a["epochs"], {**more, **(trainer or {})}, every=every)
-            run.note_peak("train")
-        return self._take(module)
+            if before.get("condition_fingerprint") != more.get("condition_fingerprint"):
+                what = self.arguments["condition"]
+                raise check.UserError(f"condition: {what} has changed since the run in {out} began")
+        return Run.start(out, self.name, images, self.arguments, resume=resume, more=more)
 
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "IMLE":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        module = model._module(images, for_search=False)
-        run.restore("imle", module)
-        return model._take(module)
-
-    def _module(self, images: data.Images, *, for_search: bool = True) -> PoolIMLE:
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
         a = self.arguments
-        condition = Condition(a["condition"], images)
+        self.condition = Condition(a["condition"], images)
         chosen = {name: a[name] for name in ("components", "trunk", "layers", "pixel_weight")}
-        measure = space(a["space"], images.train, **chosen) if for_search else Space()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
-            return PoolIMLE(
-                images.train, measure, condition, layers=a["hidden_layers"], radius=a.get("radius", 0.0),
+        measure = space(a["space"], images.train, **chosen) if training else Space()
+        with seeded(a["seed"]):
+            module = PoolIMLE(
+                images.train, measure, self.condition, layers=a["hidden_layers"], radius=a.get("radius", 0.0),
                 **{k: a[k] for k in ("noise_dim", "hidden", "pool", "chunk", "refresh", "adaptive", "lr", "seed")},
             )  # fmt: skip
-
-    def _take(self, module: PoolIMLE) -> "IMLE":
-        self.generator, self.condition = module.generator.cpu().eval(), module._held["condition"]
-        self.chosen = module.chosen.cpu()
-        return self
+        loader = EpochBatches(len(images.train), a["batch"], a["seed"])
+        yield Stage("imle", module, loader, a["epochs"], a["checkpoint_every"])
+        self.generator, self.chosen = module.generator, module.chosen
 
     def decode(self, code: Tensor, about: Tensor | None = None) -> Tensor:
         """Images [N, C, H, W] in [0, 1] of codes [N, noise_dim] and, of a conditional model, of conditions [N, K]."""
@@ -360,8 +320,7 @@ class IMLE:
         return in_batches(self.generator, code if about is None else torch.cat([code, about], 1), PART)
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed. A conditional model is told the classes in
-        turn, or the test images' conditions."""
+        """As `Model.sample`; a conditional model is told the classes in turn, or the test images' conditions."""
         assert self.condition is not None, "fit or load first"
         code = codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1))
         return self.decode(code, self.condition.some(n))

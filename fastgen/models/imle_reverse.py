@@ -1,6 +1,6 @@
 """IMLE turned round: every sample is pulled to its nearest datum and pushed off other samples."""
 
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from fastgen import check, data
 from fastgen.functional import nearest
 from fastgen.models.imle_image import PART
 from fastgen.models.imle_pool import codes, key
+from fastgen.models.model import Model, Stage
 from fastgen.models.networks import ImageMLP, in_batches
-from fastgen.models.run import EpochLoss, ResumableBatches, Run, arguments_of, cosine
+from fastgen.models.run import EpochBatches, EpochLoss, arguments_of, cosine, seeded
 
 
 def reverse_loss(fake: Tensor, other: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ class ReverseModule(EpochLoss):
         return loss
 
 
-class IMLEReverse:
+class IMLEReverse(Model):
     """IMLE of the reverse Kullback-Leibler divergence, with a margin: samples seek data, and keep off each other.
 
     mean over i of min_j ‖G(z_i) − x_j‖² + w·relu(m − min_j ‖G(z_i) − G(z'_j)‖²), z and z' two batches of codes,
@@ -100,6 +101,7 @@ class IMLEReverse:
         seed: of everything drawn in training.
     """
 
+    name = "imle-reverse"
     on_disk = True
 
     def __init__(
@@ -131,44 +133,19 @@ class IMLEReverse:
             check.number("margin", margin, least=0)
         self.generator: torch.nn.Module | None = None
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> "IMLEReverse":
-        """Train into the folder `out`; arguments and errors as `IMLE.fit`, in one process."""
-        a = self.arguments
-        module = self._module(images)
-        run = Run.start(out, "imle-reverse", images, a, resume=resume)
-        loader = ResumableBatches(len(images.train), a["reals"], a["seed"])
-        run.fit("imle", module, loader, a["epochs"], trainer or {}, every=a["checkpoint_every"])
-        run.note_peak("train")
-        self.generator = module.generator.cpu().eval()
-        return self
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "IMLEReverse":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        module = model._module(images)
-        run.restore("imle", module)
-        model.generator = module.generator.eval()
-        return model
-
-    def _module(self, images: data.Images) -> ReverseModule:
-        a = self.arguments
-        margin = _margin(images.train, a["others"]) if a["margin"] is None else a["margin"]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
-            names = ("noise_dim", "hidden", "batch", "others", "push_weight", "cover_weight", "lr", "seed")
-            more = {"layers": a["hidden_layers"], "margin": margin, "warm_up": round(a["warm_up"] * a["epochs"])}
-            return ReverseModule(images.train, **more, **{k: a[k] for k in names})
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
+        a, margin = self.arguments, self.arguments["margin"]
+        if margin is None:
+            margin = _margin(images.train, a["others"]) if training else 0.0
+        names = ("noise_dim", "hidden", "batch", "others", "push_weight", "cover_weight", "lr", "seed")
+        more = {"layers": a["hidden_layers"], "margin": margin, "warm_up": round(a["warm_up"] * a["epochs"])}
+        with seeded(a["seed"]):
+            module = ReverseModule(images.train, **more, **{k: a[k] for k in names})
+        loader = EpochBatches(len(images.train), a["reals"], a["seed"])
+        yield Stage("imle", module, loader, a["epochs"], a["checkpoint_every"])
+        self.generator = module.generator
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         assert self.generator is not None, "fit or load first"
         return in_batches(self.generator, codes(torch.arange(n), self.arguments["noise_dim"], key(seed, 1)), PART)
 

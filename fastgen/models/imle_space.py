@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.nn import PerceptualLoss
+from fastgen.models.networks import perceptual_loss
 
 # Four depths of EfficientNet-lite0; IMLE's users elsewhere take VGG16.
 LAYERS = {"efficientnet-lite0": ("block0", "block2", "block4"), "vgg16": ("relu1_2", "relu2_2", "relu3_3")}
 
 
 class Space(nn.Module):
-    """`points(images)` [N, D] are searched by squared L2; `loss(fake, real)` [N] is what is minimised. Here: pixels."""
+    """Points [N, D] of images, searched by squared L2; `loss(fake, real)` [N] is what is minimised. Here: pixels."""
 
-    def points(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
 
     def loss(self, fake: Tensor, real: Tensor) -> Tensor:
-        return (self.points(fake) - self.points(real)).square().sum(1)
+        return (self(fake) - self(real)).square().sum(1)
 
 
 class Components(Space):
@@ -45,7 +45,7 @@ class Components(Space):
         self.register_buffer("basis", vector[:, -rank:].float())
         self.register_buffer("centre", centre.float())
 
-    def points(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return (images.flatten(1) - self.centre) @ self.basis
 
     def loss(self, fake: Tensor, real: Tensor) -> Tensor:
@@ -61,16 +61,10 @@ class Perceptual(Space):
 
     def __init__(self, trunk: str, layers: Sequence[str] | None, pixel_weight: float) -> None:
         super().__init__()
-        chosen = layers or LAYERS.get(trunk)
-        if chosen is None:
-            raise check.UserError(f"layers: expected names of layers of {trunk!r} to compare")
-        try:
-            self.network = PerceptualLoss(trunk, layers=chosen, distance="l2")
-        except (ValueError, TypeError, OSError) as error:
-            raise check.UserError(str(error)) from None
+        self.network = perceptual_loss(trunk, layers, LAYERS, distance="l2")
         self.pixel_weight = pixel_weight
 
-    def points(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         parts = [(f.flatten(1), 1.0) for f in self.network.features(images).maps]
         parts += [(images.flatten(1), self.pixel_weight)] if self.pixel_weight else []
         return torch.cat([p * (w / p.shape[1]) ** 0.5 for p, w in parts], 1)

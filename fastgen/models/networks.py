@@ -2,10 +2,15 @@
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
+
+from fastgen.check import UserError
+from fastgen.nn import PerceptualLoss
 
 
 class Generator(nn.Module):
@@ -71,7 +76,7 @@ class ImageMLP(nn.Module):
 
 
 class ConvClassifier(nn.Module):
-    """Image [N, C, H, W] -> (logits [N, classes], penultimate features [N, features])."""
+    """Image [N, C, H, W] -> logits [N, classes]; `body` gives the penultimate features [N, features]."""
 
     def __init__(self, shape: tuple[int, int, int], classes: int, features: int = 64) -> None:
         super().__init__()
@@ -90,9 +95,22 @@ class ConvClassifier(nn.Module):
         )
         self.head = nn.Linear(features, classes)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(images)
-        return self.head(features), features
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+def perceptual_loss(
+    trunk: str, layers: Sequence[str] | None, default: Mapping[str, Sequence[str]], **options: Any
+) -> PerceptualLoss:
+    """`nn.PerceptualLoss` of `layers`, or of the trunk's default ones; what it lacks is a UserError."""
+    chosen = layers or default.get(trunk)
+    if chosen is None:
+        raise UserError(f"layers: expected names of layers of {trunk!r} to compare")
+    try:
+        return PerceptualLoss(trunk, layers=chosen, **options)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from None
 
 
 @torch.no_grad()

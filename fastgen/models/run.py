@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 
 from fastgen import __version__, data
 from fastgen.check import UserError
@@ -153,7 +153,7 @@ class Run:
         self,
         stage: str,
         module: LightningModule,
-        loader: "DataLoader | ResumableBatches",
+        loader: "EpochBatches",
         epochs: int,
         options: dict[str, Any],
         *,
@@ -163,7 +163,7 @@ class Run:
 
         module: is told in `steps` how many steps its optimiser will take in the whole of the training
         options: more arguments for lightning.Trainer; its callbacks and loggers are added to ours
-        every: also keep a checkpoint each so many steps, in the middle of an epoch: `loader` is `ResumableBatches`
+        every: also keep a checkpoint each so many steps, in the middle of an epoch: the module is an `EpochLoss`
 
         Raises UserError for what the user can mend; a folder claimed just now, without a checkpoint, is given back.
         """
@@ -179,13 +179,7 @@ class Run:
             raise KeyboardInterrupt from None
 
     def _fit(
-        self,
-        stage: str,
-        module: Any,
-        loader: "DataLoader | ResumableBatches",
-        epochs: int,
-        options: dict[str, Any],
-        every: int | None,
+        self, stage: str, module: Any, loader: "EpochBatches", epochs: int, options: dict[str, Any], every: int | None
     ) -> None:
         file = self.checkpoint(stage)
         plain = _plain(options)
@@ -321,18 +315,24 @@ class MidEpoch(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_number: int) -> None:
         batches = self.every * trainer.accumulate_grad_batches
         if (batch_number + 1) % batches == 0 and batch_number + 1 < trainer.num_training_batches:
-            trainer.save_checkpoint(self.file)
+            trainer.save_checkpoint(self.file, weights_only=False)  # what it does anyway, without a remark each time
             for logger in trainer.loggers:  # what was logged before the checkpoint is not logged again after it
                 logger.save()
 
 
-class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
-    """Shuffled batches of row numbers; the order depends on (seed, epoch) alone, so that a resumed run repeats it."""
+class EpochBatches:
+    """Shuffled batches of row numbers; the modules hold the data itself on their device.
+
+    The order depends on (seed, epoch) alone, so that a resumed run repeats it, and Lightning's checkpoints keep the
+    place in it. Each process gets its share of a batch, every batch the same for any number of them.
+    """
 
     def __init__(self, rows: int, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed, self.epoch = rows, min(batch_size, rows), seed, 0
+        self.skip = self.taken = 0
+        self.sampler = self  # where Lightning looks for set_epoch
 
-    def set_epoch(self, epoch: int) -> None:  # Lightning calls it at the start of each epoch
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -340,29 +340,9 @@ class EpochBatches(torch.utils.data.Sampler[torch.Tensor]):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         order = torch.randperm(self.rows, generator=generator(self.seed, self.epoch, 0))
-        # The rows left over at the end are others in each epoch.
-        yield from order[: len(self) * self.batch_size].split(self.batch_size)
-
-
-class _Rows(torch.utils.data.Dataset[torch.Tensor]):
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows
-
-
-class ResumableBatches:
-    """`EpochBatches` as a loader whose place is kept in Lightning's checkpoints; each process gets its share of a
-    batch, every batch the same for any number of them."""
-
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self.sampler = EpochBatches(rows, batch_size, seed)  # where Lightning looks for set_epoch
-        self.skip = self.taken = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
         skip, self.skip = self.skip, 0
-        for number, rows in enumerate(self.sampler):
+        # The rows left over at the end are others in each epoch.
+        for number, rows in enumerate(order[: len(self) * self.batch_size].split(self.batch_size)):
             if number >= skip:
                 self.taken = number + 1
                 yield rows[processes.rank() :: processes.size()]
@@ -374,11 +354,6 @@ class ResumableBatches:
         self.skip = state["taken"]
 
 
-def row_loader(rows: int, batch_size: int, seed: int) -> DataLoader:
-    """Batches of row numbers; the modules hold the data itself on their device."""
-    return DataLoader(_Rows(), sampler=EpochBatches(rows, batch_size, seed), batch_size=None)
-
-
 def cosine(module: Any, optimiser: torch.optim.Optimizer) -> Any:
     """For `configure_optimizers`: the optimiser, its step size falling to 0 along a cosine over `Run.fit`'s `steps`."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, module.steps)
@@ -388,6 +363,14 @@ def cosine(module: Any, optimiser: torch.optim.Optimizer) -> Any:
 def generator(seed: int, epoch: int, purpose: int) -> torch.Generator:
     """Random numbers that depend on (seed, epoch, purpose) alone."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 16 + purpose)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's own random numbers begin at `seed`, for a module's first weights; put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def step_generator(seed: int, epoch: int, batch: int, purpose: int) -> torch.Generator:

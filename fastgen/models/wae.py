@@ -1,6 +1,6 @@
 """WAE-MMD: an auto-encoder whose codes are held to a prior by the maximum mean discrepancy."""
 
-import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from fastgen import check, data
 from fastgen.functional import wae_mmd
+from fastgen.models.model import Model, Stage
 from fastgen.models.networks import Generator, in_batches
-from fastgen.models.run import Run, arguments_of, cosine, row_loader, step_generator
-
-NAME = "wae-mmd"
-STAGE = "wae"
+from fastgen.models.run import EpochBatches, arguments_of, cosine, seeded, step_generator
 
 
 class Encoder(nn.Module):
@@ -81,7 +79,7 @@ class WAETraining(LightningModule):
         return loss
 
 
-class WAEMMD:
+class WAEMMD(Model):
     """Wasserstein auto-encoder with the MMD penalty: x = G(z), z from the prior.
 
     Source: Tolstikhin, Bousquet, Gelly and Schölkopf, Wasserstein Auto-Encoders, ICLR 2018, algorithm 2; weights, batch
@@ -102,6 +100,8 @@ class WAEMMD:
         lr: Adam's step size, at the start.
         seed: of everything drawn in training.
     """
+
+    name = "wae-mmd"
 
     def __init__(
         self,
@@ -131,45 +131,12 @@ class WAEMMD:
         self.training: WAETraining | None = None
         self.code: Tensor | None = None
 
-    def fit(
-        self,
-        images: data.Images,
-        out: str | os.PathLike[str],
-        *,
-        resume: bool = False,
-        trainer: dict[str, Any] | None = None,
-    ) -> "WAEMMD":
-        """Train into the folder `out`.
-
-        resume: go on with the run in `out` from its last whole checkpoint
-        trainer: more arguments for lightning.Trainer
-
-        Raises UserError where `out` holds another run, or one that was asked for differently.
-        """
-        run = Run.start(out, NAME, images, self.arguments, resume=resume)
-        training = self._training(images.train)
-        loader = row_loader(len(images.train), self.arguments["batch"], self.arguments["seed"])
-        run.fit(STAGE, training, loader, self.arguments["epochs"], trainer or {})
-        run.note_peak("train")
-        return self._take(training, images.train)
-
-    @classmethod
-    def load(cls, run: Run, images: data.Images) -> "WAEMMD":
-        """The model of a finished run on the same data."""
-        model = cls(**run.record["arguments"])
-        training = model._training(images.train)
-        run.restore(STAGE, training)
-        return model._take(training, images.train)
-
-    def _training(self, images: Tensor) -> WAETraining:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.arguments["seed"])
-            return WAETraining(images, self.arguments)
-
-    def _take(self, training: WAETraining, images: Tensor) -> "WAEMMD":
-        self.training = training.cpu().eval()
-        self.code = self.encode(images.cpu())
-        return self
+    def stages(self, images: data.Images, *, training: bool) -> Iterator[Stage]:
+        a = self.arguments
+        with seeded(a["seed"]):
+            self.training = WAETraining(images.train, a)
+        yield Stage("wae", self.training, EpochBatches(len(images.train), a["batch"], a["seed"]), a["epochs"])
+        self.code = self.encode(images.train)
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes [N, latent_dim] of images [N, C, H, W]."""
@@ -182,7 +149,6 @@ class WAEMMD:
         return in_batches(self.training.decoder, code, 512)
 
     def sample(self, n: int, *, seed: int) -> Tensor:
-        """`n` images [n, C, H, W] in [0, 1]; the same for the same seed."""
         random = torch.Generator().manual_seed(seed)
         return self.decode(draw_prior(n, self.arguments["latent_dim"], self.arguments["prior"], random))
 

@@ -17,7 +17,7 @@ from fastgen.models.glann import GLANN
 from fastgen.models.glo import initial_latents
 from fastgen.models.imle import LatentIMLE
 from fastgen.models.imle_pool import codes
-from fastgen.models.run import EpochBatches, Run, row_loader
+from fastgen.models.run import EpochBatches, Run
 
 SMALL: dict[str, Any] = {
     "latent_dim": 6,
@@ -255,7 +255,7 @@ def test_imle_takes_the_nearest_of_its_pool(chunk: int) -> None:
     module = LatentIMLE(latent, noise_dim=3, hidden=8, layers=1, pool=5, chunk=chunk, lr=1e-3, seed=7)
     peek = Peek()
     quiet = {**QUIET, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_epochs=3, callbacks=[peek], **quiet).fit(module, row_loader(8, 4, 0))
+    Trainer(max_epochs=3, callbacks=[peek], **quiet).fit(module, EpochBatches(8, 4, 0))
     assert peek.searches == 3
 
 

@@ -279,7 +279,7 @@ def test_spaces(images: data.Images, tmp_path: Path) -> None:
     flat = (images.train.flatten(1) - images.train.flatten(1).mean(0)).double()
     basis = torch.linalg.svd(flat, full_matrices=False)[2][:60]
     expected = ((x - y).flatten(1).double() @ basis.T).square().sum(1).float()
-    torch.testing.assert_close((components.points(x) - components.points(y)).square().sum(1), expected)
+    torch.testing.assert_close((components(x) - components(y)).square().sum(1), expected)
     torch.testing.assert_close(components.loss(x, y), (x - y).flatten(1).square().sum(1))
     perceptual = Perceptual("efficientnet-lite0", ["block0", "block1"], 0.5)
     from fastgen.nn import PerceptualLoss
@@ -337,7 +337,7 @@ def test_reverse_loss_of_a_step(images: data.Images, tmp_path: Path, warm_up: fl
     """Its first step's, by cdist: in the warm-up and beside the reversed form each datum's nearest of all samples."""
     settings = {"noise_dim": 4, "hidden": 32, "epochs": 1, "reals": 64, "batch": 8, "others": 16, "seed": 5}
     settings |= {"warm_up": warm_up, "cover_weight": cover_weight, "margin": 2.0, "push_weight": 3.0}
-    module = IMLEReverse(**settings)._module(images)
+    module = next(IMLEReverse(**settings).stages(images, training=True)).module
     made = module.generator(codes(torch.arange(24), 4, key(5, 0))).flatten(1).detach().double()
     IMLEReverse(**settings).fit(images, tmp_path / "run", trainer=QUIET)
     real = images.train.flatten(1).double()

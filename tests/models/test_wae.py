@@ -95,8 +95,8 @@ def test_neighbouring_seeds_share_no_stage_s_start_or_order(
     alike = {"noise_dim": 64, "hidden": (16,), "batch": 16, "epochs": 3}
     for seed in (0, 1, 2):
         model = GMMN(**{**GMMN_SMALL, **alike}, seed=seed).fit(images, tmp_path / str(seed), trainer=QUIET)
-        code = model._code(images)
-        for first in (code.encoder[0], model._moments(images, code).body[0]):
+        for stage, body in zip(model.stages(images, training=False), ("encoder", "body"), strict=True):
+            first = getattr(stage.module, body)[0]
             assert first.weight.shape == (16, 64)
             seen.append(first.weight.detach().numpy().tobytes())
     assert len(seen) == 3 * (2 * 3 * 4 + 2)
