@@ -291,7 +291,9 @@ class Learner(LightningModule):
             raise Diverged(taken + s["n_steps"])
         self.energies[at] = energy.mean() / self.chains[0].numel()
         negatives = self.chains if s["beta"] is None else self.look_ahead(self.chains)
-        gap = self.score.gap(negatives, self._held["observed"][rows])
+        observed = self._held["observed"]
+        # Deep FRAME, which needs none of the data here, counts rounds, of which there may be more.
+        gap = self.score.gap(negatives, observed[rows % len(observed)])
         optimiser: Any = self.optimizers()
         optimiser.zero_grad()
         self.manual_backward(gap)

@@ -169,6 +169,14 @@ def test_looking_ahead_is_the_jko_term(images: data.Images, oracle: ModuleType, 
     assert worst[1e-2] < 0.3 * worst[2e-2]  # second order: a quarter
 
 
+def test_deep_frame_learns_from_fewer_images_than_an_epoch_has_rounds(texture: data.Images, tmp_path: Path) -> None:
+    few = data.Images("few", texture.train[:8], texture.test[:2])
+    model = DeepFRAME(**DEEP).fit(few, tmp_path / "run", trainer=QUIET)
+    assert model.learner is not None
+    assert len(model.learner.energies) == 30
+    assert model.learner.energies.isfinite().all()
+
+
 @pytest.mark.parametrize("base", ["deep-frame", "generative-convnet"])
 def test_beta_0_is_frame_to_the_bit(images: data.Images, texture: data.Images, tmp_path: Path, base: str) -> None:
     settings, source = (DEEP, texture) if base == "deep-frame" else (CONV, images)
