@@ -274,8 +274,12 @@ class IMLE(Model):
     ) -> Self:
         """As `Model.fit`, in as many processes as torchrun started: a run goes on in the same number."""
         with processes.joined() as more:
-            if (batch := self.arguments["batch"]) % processes.size():
-                raise check.UserError(f"batch: expected a multiple of the {processes.size()} processes, got {batch}")
+            batch = min(self.arguments["batch"], len(images.train))
+            if batch % processes.size():
+                few = "" if batch == self.arguments["batch"] else ", all the data"
+                raise check.UserError(
+                    f"batch: expected a multiple of the {processes.size()} processes, got {batch}{few}"
+                )
             return super().fit(images, out, resume=resume, trainer={**more, **(trainer or {})})
 
     def _claim(self, out: str | os.PathLike[str], images: data.Images, resume: bool) -> Run:

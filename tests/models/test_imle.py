@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen import data
 from fastgen.check import UserError
-from fastgen.models import imle_image
+from fastgen.models import imle_image, processes
 from fastgen.models.imle_condition import Condition
 from fastgen.models.imle_image import IMLE, RSIMLE, key
 from fastgen.models.imle_pool import codes
@@ -367,6 +367,18 @@ def test_two_processes_train_and_a_changed_number_of_processes_is_told(
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
     assert main(["train", "imle", f"--out={out}", "--resume"]) == 2
     assert "goes on with as many as it began with, 2; got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(63, 64), (64, 31)])
+def test_processes_have_equal_shares_of_a_batch(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch: int
+) -> None:
+    """The mean of their gradients is else not that of the batch; one of all the data is no larger than they."""
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    few = data.Images("few", images.train[:rows], images.test)
+    with pytest.raises(UserError, match=rf"batch: expected a multiple of the 2 processes, got {min(rows, batch)}"):
+        IMLE(**{**SMALL, "batch": batch}).fit(few, tmp_path / "run", trainer=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_load_and_sample_are_deterministic(images: data.Images, whole: Path) -> None:
