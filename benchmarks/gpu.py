@@ -7,7 +7,6 @@ test files run beside each other, a search's candidates are compiled together.
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -130,7 +129,7 @@ def search(
     usable: why a configuration must not run (it spills, or does not compile), or None. seconds: time of a checked
     result, or an exception."""
     tried: list[dict[str, Any]] = []
-    for candidate in [default, *(c for c in candidates if c != default)]:
+    for candidate in _default_first(candidates, default):
         entry: dict[str, Any] = {"configuration": candidate}
         why = usable(candidate)
         if why is None:
@@ -151,6 +150,10 @@ def search(
     if own is not None and own < best["seconds"] * WORTH:
         best = tried[0]
     return {"best": best["configuration"], "seconds": best["seconds"], "default_seconds": own, "tried": tried}
+
+
+def _default_first(candidates: list[Configuration], default: Configuration) -> list[Configuration]:
+    return [default, *(c for c in candidates if c != default)]
 
 
 def searches() -> dict[str, tuple[str, str, list[Configuration], Configuration, str, str, str]]:
@@ -197,15 +200,14 @@ def tune(stage: Stage) -> int:
     ]
     compiling: dict[str, Iterator[str | None]] = {}
     workers = max(1, (os.cpu_count() or 1) - 2)  # the rest is for the calls that are timed meanwhile
-    with contextlib.ExitStack() as stack:
-        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_without_a_gpu)
-        stack.callback(pool.shutdown, cancel_futures=True)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_without_a_gpu)
+    try:
         for step in stage.steps(left):
             for soon in left[left.index(step) :][:2]:  # the next one's beside this one's timings
                 if soon not in compiling:
-                    kernel, key, candidates, default, family, spec, work = known[soon]
+                    kernel, key, candidates, default, family, spec, _ = known[soon]
                     compiling[soon] = _refusals(pool, kernel, key, family, spec, _default_first(candidates, default))
-            kernel, key, candidates, default, family, spec, work = known[step]
+            kernel, key, candidates, default, *_, work = known[step]
             several, why = _default_first(candidates, default), list(compiling[step])
 
             def usable(candidate: Configuration, why: list[Any] = why, several: list[Any] = several) -> str | None:
@@ -225,6 +227,8 @@ def tune(stage: Stage) -> int:
             # Beside the results too: what is written elsewhere may not come back from a machine.
             for folder in (tuned.FOLDER, stage.file.parent / "tuned"):
                 write_table(folder / name, stage, known)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return 0
 
 
@@ -246,10 +250,6 @@ def _refusals(
 ) -> Iterator[str | None]:
     """Of each candidate why it must not run, or None; all are being compiled from now on."""
     return pool.map(partial(_refused, target(), kernel, key, family, spec), candidates)
-
-
-def _default_first(candidates: list[Configuration], default: Configuration) -> list[Configuration]:
-    return [default, *(c for c in candidates if c != default)]
 
 
 def write_table(file: Path, stage: Stage, known: dict[str, Any]) -> None:
@@ -341,8 +341,8 @@ def bench(file: Path, seconds: float, patience: float, more: Sequence[str] = ())
     work."""
     until = time.monotonic() + seconds
     without: list[str] = []
+    results.begun(file).unlink(missing_ok=True)  # what a killed run left
     while True:
-        results.begun(file).unlink(missing_ok=True)  # what a killed run left
         left = until - time.monotonic()
         command = [sys.executable, "-m", "benchmarks", "all", "--device", "cuda", "--huge", "--resume"]
         command += ["--patience", f"{patience:g}", "--out", str(file), "--seconds", f"{max(left, 1):.0f}", *more]

@@ -210,7 +210,6 @@ def specs() -> list[Spec]:
         if width == BLOCK_K:  # `blocks` is 1, which the launcher makes a constant
             known, constants = {k: v for k, v in types.items() if k != "blocks"}, {**constants, "blocks": 1}
         listed.append(_spec(name, kernels._nearest_filter_kernel, known, constants, **launch))
-    columns = {"BLOCK_K": BLOCK_K, "WIDEST": WIDEST // BLOCK_K}
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
         points = {**types, **dict.fromkeys(("query_ptr", "database_ptr"), f"*{dtype}")}
         for divisible, warps in ((("d",), 1), ((), 1), (("d",), 4), ((), 4)):

@@ -161,7 +161,8 @@ class GMMN(Model):
         a, rows, target = self.arguments, len(images.train), images.train.flatten(1)
         self.shape = images.shape
         if a["space"] == "code":
-            spread(target)  # said before the folder is claimed
+            if training:
+                spread(target)  # said before the folder is claimed
             shape = {"code_dim": a["code_dim"], "hidden": a["code_hidden"]}
             with seeded(self.keys[0]):
                 code = CodeTraining(target, **shape, drop=a["drop"], lr=a["code_lr"], seed=a["seed"])
