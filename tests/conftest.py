@@ -1,11 +1,13 @@
 """Fixtures of every floor. The suite refuses to run on the reference by accident: it would test nothing."""
 
 import importlib.util
+import multiprocessing
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before fastgen.kernels loads
 
@@ -13,6 +15,24 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+# What takes long to import and processes of the tests need: their server does it, once for each of pytest's workers.
+IMPORTED = ["lightning.pytorch", "fastgen.cli", "fastgen.models.imle_image", "fastgen.models.imle_reverse"]
+APART = """
+import os, sys
+for stream, path in enumerate(streams, 1):
+    os.dup2(os.open(path, os.O_WRONLY), stream)
+sys.stdout.reconfigure(line_buffering=True)
+os.environ.update(environment)
+os.chdir(folder)
+import torch
+torch.set_num_threads(1)
+"""
+
+
+class Done(NamedTuple):
+    returncode: int | None
+    stdout: str
+    stderr: str
 
 
 def _mend_the_interpreter() -> None:
@@ -91,6 +111,43 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     extension.set_isa(before)
+
+
+@pytest.fixture
+def run_apart(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Done]]:
+    """`run_apart(code, processes=1, folder=..., seconds=200, **names)`: `code` in that folder, with its `rank` and
+    `names`, forked from a server that has imported what takes long; several processes as torchrun starts them."""
+
+    def run(code: str, processes: int = 1, folder: Path = HERE.parent, seconds: int = 200, **names: Any) -> list[Done]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        out = tmp_path_factory.mktemp("apart")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "TORCHELASTIC_RUN_ID": "none"}
+        group |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        started = []
+        for rank in range(processes):
+            told = {**group, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            names |= {"__name__": "child", "rank": rank, "folder": str(folder)}
+            names |= {"environment": {name: str(value) for name, value in told.items()}}
+            names |= {"streams": [str(out / f"{name}{rank}") for name in ("out", "err")]}
+            for path in names["streams"]:
+                Path(path).touch()
+            started.append(context.Process(target=exec, args=(APART + code, dict(names))))
+        try:
+            for child in started:
+                child.start()
+            for child in started:
+                child.join(seconds)
+        finally:
+            for child in started:
+                child.kill()
+                child.join()
+        texts = [[(out / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(processes)]
+        return [Done(child.exitcode, *text) for child, text in zip(started, texts, strict=True)]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ SMALL = {
     "frame": "--seeds=1 --epochs=1 '--options={width: 2, chains: 4, n_steps: 1, batch: 256}'",
     "imle": "--hidden=16 --epochs=2 --refresh=1 --batch=16",
 }
+COMMAND = "import sys; sys.argv[1:] = words; from fastgen.cli import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: re.findall(r"F\.\w+|nn\.\w+", s)[-1])
@@ -53,7 +56,7 @@ def test_extras_exist() -> None:
                 assert named in extras
 
 
-def test_fastgen_commands_in_order(tmp_path: Path) -> None:
+def test_fastgen_commands_in_order(tmp_path: Path, run_apart: Callable[..., list[Any]]) -> None:
     """As written, but on little data; in an empty folder, by the installed command's entry point."""
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
     commands = [line for line in COMMANDS if line.startswith(("fastgen ", "torchrun "))]
@@ -64,16 +67,13 @@ def test_fastgen_commands_in_order(tmp_path: Path) -> None:
         if words[0] in ("train", "compare"):
             words = [w for w in words if w != "mnist5k" and (w != "--data" or "mnist5k" not in words)]
             words += [*shlex.split(SMALL[words[1]]), "--trainer.enable_progress_bar=false"]
-        program = ["-m", "fastgen.cli"]
         if before:
             program = ["-m", "torch.distributed.run", "--standalone", *shlex.split(before)[1:], "fastgen.cli"]
-        done = subprocess.run(
-            [sys.executable, *program, *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+            command = [sys.executable, *program, *words]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        else:
+            (done,) = run_apart(COMMAND, 1, tmp_path, words=words)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "digits.png").exists()
     assert (tmp_path / "runs" / "glann" / "report.md").exists()

@@ -1,10 +1,8 @@
 """FRAME models: each update against naive float64 loops, β = 0 and resumption to the bit, and that they learn."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -215,9 +213,8 @@ def test_the_convnets_gap_and_energy(images: data.Images) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from lightning.pytorch import Callback
-sys.path.insert(0, {root!r})
 from fastgen import data
 from fastgen.models.frame import {cls}
 
@@ -233,14 +230,15 @@ images = data.Images({source!r}, whole.train[:{rows}], whole.test[:{test}])
 
 
 @pytest.mark.parametrize("cls", [WFRAME, GenerativeConvNet])
-def test_resume_after_kill_9(images: data.Images, texture: data.Images, tmp_path: Path, cls: Any) -> None:
+def test_resume_after_kill_9(
+    images: data.Images, texture: data.Images, tmp_path: Path, run_apart: Callable[..., list[Any]], cls: Any
+) -> None:
     """The same chains, energies, snapshots and samples as of an undisturbed run."""
     settings = {**DEEP, "beta": 0.01, "restart": 0.3} if cls is WFRAME else CONV
     source = texture if cls is WFRAME else images
     whole = cls(**settings).fit(source, tmp_path / "whole", trainer=QUIET)
     out = tmp_path / "killed"
     code = KILLED.format(
-        root=str(Path(__file__).resolve().parents[2]),
         cls=cls.__name__,
         source=source.name,
         rows=len(source.train),
@@ -249,7 +247,7 @@ def test_resume_after_kill_9(images: data.Images, texture: data.Images, tmp_path
         out=str(out),
         quiet=QUIET,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    (done,) = run_apart(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = Run(out).load("frame")
     assert 0 < int(kept["taken"]) < int(state(whole)["taken"])

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +90,8 @@ def test_a_stage_broken_off_is_not_a_finished_one(images: data.Images, tmp_path:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from lightning.pytorch import Callback
-sys.path.insert(0, {root!r})
 from fastgen import data
 from fastgen.models.glann import GLANN
 
@@ -109,12 +107,12 @@ GLANN(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "callbacks": [Kil
 
 
 @pytest.mark.parametrize("when", [("GLO", 1, 3), ("LatentIMLE", 1, 0), ("LatentIMLE", 2, 3)])
-def test_resume_after_kill_9(images: data.Images, whole: Path, tmp_path: Path, when: tuple[str, int, int]) -> None:
+def test_resume_after_kill_9(
+    images: data.Images, whole: Path, tmp_path: Path, run_apart: Callable[..., list[Any]], when: tuple[str, int, int]
+) -> None:
     """At an epoch's start and in its middle, two steps after the last checkpoint."""
     out = tmp_path / "run"
-    root = str(Path(__file__).resolve().parents[2])
-    code = KILLED.format(root=root, small=SMALL, out=str(out), quiet=QUIET, when=when)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    (done,) = run_apart(KILLED.format(small=SMALL, out=str(out), quiet=QUIET, when=when))
     assert done.returncode == -signal.SIGKILL, done.stderr
     stage = when[0].removeprefix("Latent").lower()
     last = torch.load(out / stage / "last.ckpt", weights_only=True)

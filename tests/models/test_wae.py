@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +143,8 @@ def test_resumed_run_equals_an_unbroken_one(
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from lightning.pytorch import Callback
-sys.path.insert(0, {root!r})
 from fastgen import data
 from fastgen.models.wae import WAEMMD
 
@@ -162,11 +159,11 @@ WAEMMD(**{small!r}).fit(images, {out!r}, trainer={{**{quiet!r}, "callbacks": [Ki
 """
 
 
-def test_resume_after_kill_9(images: data.Images, whole: dict[str, Path], tmp_path: Path) -> None:
+def test_resume_after_kill_9(
+    images: data.Images, whole: dict[str, Path], tmp_path: Path, run_apart: Callable[..., list[Any]]
+) -> None:
     out = tmp_path / "run"
-    root = str(Path(__file__).resolve().parents[2])
-    code = KILLED.format(root=root, small=WAE_SMALL, out=str(out), quiet=QUIET)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    (done,) = run_apart(KILLED.format(small=WAE_SMALL, out=str(out), quiet=QUIET))
     assert done.returncode == -signal.SIGKILL, done.stderr
     WAEMMD(**WAE_SMALL).fit(images, out, resume=True, trainer=QUIET)
     for key, value in states(whole["wae"], ("wae",)).items():

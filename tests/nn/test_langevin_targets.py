@@ -2,18 +2,15 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastgen.nn import LangevinSampler
-
-ROOT = Path(__file__).parents[2]
 
 
 def sums(values: Tensor, expected: float) -> float:
@@ -87,9 +84,8 @@ def test_mala_on_a_mixture() -> None:
 
 
 WORKER = """
-import sys, torch
+import torch
 from fastgen.nn import LangevinSampler
-rank, out = int(sys.argv[1]), sys.argv[2]
 def energy(x):
     x = x.flatten(1)
     return (x.square().square() / 4 - x.square() + x.cos()).sum(1)
@@ -101,17 +97,12 @@ for world in (2, 4):
         for method in ("ula", "mala"):
             sampler = LangevinSampler(energy, step_size=0.02, n_steps=30, method=method)
             found[f"{world} {method}"] = sampler(start[ids], seed=77, chain_id=ids)
-torch.save(found, out)
+torch.save(found, f"{rank}.pt")
 """
 
 
-def test_the_same_bits_from_one_two_and_four_processes(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path / f"{rank}.pt")], env=environment)
-        for rank in range(4)
-    ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0] * 4
+def test_the_same_bits_from_one_two_and_four_processes(tmp_path: Path, run_apart: Callable[..., list[Any]]) -> None:
+    assert [done.returncode for done in run_apart(WORKER, 4, tmp_path)] == [0] * 4
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
     def energy(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The vector quantiser against a naive float64 one."""
 
-import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,47 +151,33 @@ def test_straight_through_twice() -> None:
 APART = """
 import copy, torch, torch.distributed as dist
 from fastgen import nn
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=3)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
 pair = dist.new_group([1, 2])
 try:
-    nn.VectorQuantizer(3, 6, group=pair)(torch.randn(4, 3)) if {rank} == 0 else None
-    assert {rank}
+    nn.VectorQuantizer(3, 6, group=pair)(torch.randn(4, 3)) if rank == 0 else None
+    assert rank
 except RuntimeError as error:
     assert "group: expected a group that this process is in" in str(error), error
-start, x = torch.load(f"{out}/problem.pt")
+start, x = torch.load("problem.pt")
 for name, group in (("all", None), ("pair", pair)):
     layer = copy.deepcopy(nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5, group=group))
     assert layer.group is group
     layer.load_state_dict(start)
-    for batch in x if group is None or {rank} else ():
-        layer(batch[{rank}])
-    torch.save(layer.state_dict(), f"{out}/{{name}}{rank}.pt")
+    for batch in x if group is None or rank else ():
+        layer(batch[rank])
+    torch.save(layer.state_dict(), f"{name}{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-def together(code: str, out: Path) -> list[int | None]:
-    """The exit codes of three processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastgen.nn"])
-    texts = [code.format(out=str(out), rank=rank) for rank in range(3)]
-    children = [context.Process(target=exec, args=(text, {"__name__": "child"})) for text in texts]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        child.kill()
-    return [child.exitcode for child in children]
-
-
-def test_processes_average_together(tmp_path: Path) -> None:
+def test_processes_average_together(tmp_path: Path, run_apart: Callable[..., list[Any]]) -> None:
     """As one process with all batches, of which some are empty; dead entries become the same vectors, whose batch
     ever it is. A group of two of three leaves the third out."""
     start = nn.VectorQuantizer(3, 6).state_dict()
     x = [[torch.randn(n, 3) for n in sizes] for sizes in ((20, 30, 10), (0, 7, 0), (9, 0, 5), (0, 0, 0), (4, 0, 1))]
     torch.save((start, x), tmp_path / "problem.pt")
-    assert together(APART, tmp_path) == [0, 0, 0]
+    for done in run_apart(APART, 3, tmp_path):
+        assert done.returncode == 0, done.stderr
     for name, ranks in (("all", (0, 1, 2)), ("pair", (1, 2))):
         alone = nn.VectorQuantizer(3, 6, threshold_ema_dead_code=1.5)
         alone.load_state_dict(start)
@@ -208,21 +195,20 @@ def test_processes_average_together(tmp_path: Path) -> None:
 REFUSED = """
 import torch, torch.distributed as dist
 from fastgen import nn
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + {out!r} + "/meet", rank={rank}, world_size=3)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
 layer = nn.VectorQuantizer(3, 6)
 layer(torch.randn(4, 3))
 before = layer.codebook.clone()
 for bad, says in ((torch.full((4, 3), torch.nan), "NaN or infinity in row 0"), (torch.zeros(4, 5), "vectors of 3")):
     try:
-        layer(bad if {rank} == 1 else torch.randn(4 * {rank}, 3))
+        layer(bad if rank == 1 else torch.randn(4 * rank, 3))
         raise SystemExit(1)
     except ValueError as error:
-        assert {rank} == 1 and says in str(error), error
+        assert rank == 1 and says in str(error), error
     except RuntimeError as error:
-        assert {rank} != 1 and "x: another process of the group was refused" in str(error), error
+        assert rank != 1 and "x: another process of the group was refused" in str(error), error
     assert torch.equal(layer.codebook, before)
-    if {rank} != 1:
+    if rank != 1:
         layer(torch.zeros(4, 3), freeze_codebook=True)  # asks nobody
 layer(torch.randn(4, 3))  # they go on together
 assert not torch.equal(layer.codebook, before)
@@ -230,9 +216,10 @@ dist.destroy_process_group()
 """
 
 
-def test_one_process_s_bad_batch_is_an_error_in_all(tmp_path: Path) -> None:
+def test_one_process_s_bad_batch_is_an_error_in_all(tmp_path: Path, run_apart: Callable[..., list[Any]]) -> None:
     """Also in one whose batch is empty, and within seconds."""
-    assert together(REFUSED, tmp_path) == [0, 0, 0]
+    for done in run_apart(REFUSED, 3, tmp_path, seconds=60):
+        assert done.returncode == 0, done.stderr
 
 
 def test_averaging_together_needs_torch_distributed() -> None:

@@ -1,9 +1,9 @@
 """ring_nearest in processes of its own: the same bits for 1, 2 and 4 of them, and an end when one dies."""
 
 import contextlib
-import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,46 +11,21 @@ import torch.distributed as dist
 
 from fastgen import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120  # seconds that the group gives a silent process
 PRELUDE = """
-import datetime, os, sys, time
-sys.path.insert(0, root)
-sys.stdout, sys.stderr = (open(f"{folder}/{name}{rank}", "w", buffering=1) for name in ("out", "err"))
+import datetime, os, time
 import torch, torch.distributed as dist
 from fastgen.search import ring_nearest
-torch.set_num_threads(1)
 torch.manual_seed(rank)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size,
                         timeout=datetime.timedelta(seconds=timeout))
 """
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(folder: Path, size: int, body: str) -> list[Done]:
-    """`body` in `size` processes, forked from a server that has torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed"])
-    names = {"folder": str(folder), "size": size, "root": str(ROOT), "timeout": TIMEOUT}
-    processes = [context.Process(target=exec, args=(PRELUDE + body, {**names, "rank": rank})) for rank in range(size)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(TIMEOUT)
-        return [
-            Done(process.exitcode, *((folder / f"{name}{rank}").read_text() for name in ("out", "err")))
-            for rank, process in enumerate(processes)
-        ]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+@pytest.fixture
+def run(run_apart: Callable[..., list[Any]]) -> Callable[[Path, int, str], list[Any]]:
+    """`run(folder, size, body)`: `body` in the processes of a group."""
+    return lambda folder, size, body: run_apart(PRELUDE + body, size, folder, TIMEOUT, size=size, timeout=TIMEOUT)
 
 
 SEARCH = """
@@ -90,7 +65,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_one_search(problems, oracle, size):
+def test_equals_one_search(problems, oracle, run, size):
     folder, made = problems
     for one in run(folder, size, SEARCH):
         assert one.returncode == 0, one.stderr
@@ -120,7 +95,7 @@ except RuntimeError:
 
 
 @pytest.mark.parametrize("rows", [100, 400], ids=["database-travels", "queries-travel"])
-def test_a_killed_process_ends_the_others(tmp_path, rows):
+def test_a_killed_process_ends_the_others(tmp_path, run, rows):
     done = run(tmp_path, 3, DIES.format(rows=rows))
     assert [one.returncode for one in done] == [1, -9, 1], done
     died = float(done[1].stdout)
@@ -161,7 +136,7 @@ print(ring_nearest(good, good).index.flatten().tolist())
 """
 
 
-def test_bad_input_is_told_to_all(tmp_path):
+def test_bad_input_is_told_to_all(tmp_path, run):
     first, second = run(tmp_path, 2, BAD)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
