@@ -14,6 +14,7 @@ from fastgen.functional import Polynomial, mmd, nearest
 from fastgen.functional.nearest import distances
 
 
+@torch.no_grad()
 def kid(real: Tensor, fake: Tensor) -> float:
     """Kernel distance: the unbiased MMD² with the kernel (⟨x, y⟩/D + 1)³ over all pairs, without subsets.
 

@@ -91,7 +91,7 @@ def fresh_uniforms(chain_id: Tensor, elements: int, *, seed: Tensor, step: Tenso
 
 def fresh_normals(chain_id: Tensor, elements: int, *, seed: Tensor, step: Tensor) -> Tensor:
     """[C, elements] float32 standard normals, of purpose 3."""
-    out = torch.empty(len(chain_id), elements, device=chain_id.device)
+    out = torch.empty(len(chain_id), elements, dtype=torch.float32, device=chain_id.device)
     torch.ops.fastgen.langevin_noise_(out, chain_id, seed, step, 0, 0, PURPOSE_FRESH)
     return out
 

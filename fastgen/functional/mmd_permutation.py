@@ -85,11 +85,10 @@ def mmd_permutation_test(
         chosen = resolve(kernel)
     kind, parameters = chosen._op(x.shape[1])
 
-    random = torch.Generator().manual_seed(seed)
-    order = torch.stack(
-        [torch.arange(n + m), *(torch.randperm(n + m, generator=random) for _ in range(n_permutations))]
-    )
-    member = torch.zeros(n + m, n_permutations + 1, dtype=torch.float64)
+    random = torch.Generator("cpu").manual_seed(seed)
+    shuffled = [torch.randperm(n + m, generator=random, device="cpu") for _ in range(n_permutations)]
+    order = torch.stack([torch.arange(n + m, device="cpu"), *shuffled])
+    member = torch.zeros(n + m, n_permutations + 1, dtype=torch.float64, device="cpu")
     member.scatter_(0, order[:, :n].T, 1.0)
     xx, yy, xy = split_sums(z, member.to(z.device), kind, parameters, estimator == "biased")
     a_xx, a_yy, a_xy = weights(n, m, estimator)

@@ -28,7 +28,7 @@ def _cpp(x: Tensor, y: Tensor, rank: int, same: bool) -> tuple[Tensor, Tensor]:
     extension = backend.extension()
     assert extension is not None
     x, y = x.contiguous(), y.contiguous()
-    value, pair = x.new_empty(()), torch.empty(2, dtype=torch.int64)
+    value, pair = x.new_empty(()), torch.empty(2, dtype=torch.int64, device="cpu")
     kernel = extension.mmd_median_f64 if x.dtype == torch.float64 else extension.mmd_median_f32
     shape = (len(x), len(y), x.shape[1])
     kernel(x.data_ptr(), y.data_ptr(), value.data_ptr(), pair.data_ptr(), *shape, rank, same, torch.get_num_threads())

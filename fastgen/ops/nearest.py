@@ -88,9 +88,10 @@ def search_cpp(
         mask = mask.contiguous()
         reference.refuse_small_mask(mask, k)
     n, (m, d) = len(query), database.shape
-    index = torch.full((n, k), -1)
-    distance = torch.zeros(n, k)
-    rejected = None if exclude_radius is None else torch.zeros(m, dtype=torch.bool)
+    # The kernel writes through addresses: no default dtype or device of torch's may decide what lies there.
+    index = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
+    distance = torch.zeros(n, k, dtype=torch.float32, device="cpu")
+    rejected = None if exclude_radius is None else torch.zeros(m, dtype=torch.bool, device="cpu")
     wide_query, wide_database = _wide(query), _wide(database)
     outcome, row = module.nearest(
         wide_query.data_ptr(),
@@ -164,7 +165,7 @@ def _nearest_distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
     chosen = backend.choose("nearest", query.device)
     if chosen != "cpp" or module is None:
         return _measure(chosen)(query, database, index)
-    distance = torch.empty(index.shape)
+    distance = torch.empty(index.shape, dtype=torch.float32, device="cpu")
     wide_query, wide_database, index = _wide(query), _wide(database), index.contiguous()
     module.nearest_distance(
         wide_query.data_ptr(),

@@ -42,7 +42,7 @@ def nearest_distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
 def exhaustive(query: Tensor, database: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """The meaning itself: distance and index [N, k] by looking at every pair; `allowed` is [M] or [N, M] bool."""
     n, m = len(query), len(database)
-    distance = torch.full((n, k), torch.inf, device=query.device)
+    distance = torch.full((n, k), torch.inf, dtype=torch.float32, device=query.device)
     index = torch.zeros(n, k, dtype=torch.int64, device=query.device)
     columns = min(m, 4096)
     rows = max(1, ELEMENTS // (8 * columns))
@@ -140,7 +140,7 @@ def certified(
 
     m, width = points.shape
     keep = min(m, k + 8)
-    distance = torch.empty(len(query), k, device=query.device)
+    distance = torch.empty(len(query), k, dtype=torch.float32, device=query.device)
     index = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     columns = min(m, 1 << 14)
     block = max(1, ELEMENTS // columns)

@@ -129,7 +129,7 @@ class FaissIndex:
         parts = []
         for raw in self._raw("query", query):
             rows = self._handed(raw)
-            distance = torch.empty(len(rows), k, device=self._home)
+            distance = torch.empty(len(rows), k, dtype=torch.float32, device=self._home)
             index = torch.empty(len(rows), k, dtype=torch.int64, device=self._home)
             self._inner.search_c(len(rows), self._pointer(rows), k, self._pointer(distance), self._pointer(index))
             parts.append((distance, index))

@@ -160,7 +160,8 @@ class _Ring:
 
 
 def _start(n: int, k: int, device: torch.device) -> Nearest:
-    return Nearest(torch.full((n, k), torch.inf, device=device), torch.full((n, k), _LAST, device=device))
+    distance = torch.full((n, k), torch.inf, dtype=torch.float32, device=device)
+    return Nearest(distance, torch.full((n, k), _LAST, device=device))
 
 
 def _search(ring: _Ring, query: Tensor, database: Tensor, ids: Tensor, best: Nearest) -> Nearest:

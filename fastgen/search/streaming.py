@@ -79,7 +79,8 @@ class StreamingNearest:
         step = check.integer("block", block, least=1) if self._array is not None else max(n, 1)
         self._blocks = [slice(i, min(i + step, n)) for i in range(0, n, step)]
         self._best = Nearest(
-            torch.full((n, 1), torch.inf, device=self._device), torch.full((n, 1), _LAST, device=self._device)
+            torch.full((n, 1), torch.inf, dtype=torch.float32, device=self._device),
+            torch.full((n, 1), _LAST, device=self._device),
         )
         self._next_id, self._rows = 0, 0
         self._stream = torch.cuda.Stream(self._device) if overlap and self._device.type == "cuda" else None

@@ -141,3 +141,9 @@ def test_bad_arguments_are_named() -> None:
             metrics.certainty(logits)
     with pytest.raises(TypeError, match="logits:"):
         metrics.certainty(x.long())
+
+
+@pytest.mark.filterwarnings("error")
+def test_features_that_require_gradients_give_the_same_kid() -> None:
+    x, y = torch.randn(20, 3), torch.randn(15, 3)
+    assert metrics.kid(x.clone().requires_grad_(), y) == pytest.approx(metrics.kid(x, y), abs=1e-6)
