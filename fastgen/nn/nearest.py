@@ -161,7 +161,13 @@ class VectorQuantizer(nn.Module):
     def _indices(self, flat: Tensor) -> Tensor:
         if len(flat) == 0:
             return torch.empty(0, dtype=torch.int64, device=flat.device)
-        return nearest(flat, self.codebook.detach().to(flat.dtype)).index[:, 0]
+        try:
+            return nearest(flat, self.codebook.detach().to(flat.dtype)).index[:, 0]
+        except ValueError:
+            bad = flat.isfinite().all(1).logical_not().nonzero()
+            if len(bad):
+                raise ValueError(f"x: expected finite values, got NaN or infinity in row {int(bad[0])}") from None
+            raise
 
     @torch.no_grad()
     def _average(self, flat: Tensor, indices: Tensor) -> None:

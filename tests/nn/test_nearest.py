@@ -234,7 +234,7 @@ def test_averaging_together_needs_torch_distributed() -> None:
         (lambda: nn.VectorQuantizer(3, 4, decay=1.5), "decay: expected"),
         (lambda: nn.VectorQuantizer(3, 4)(torch.randn(2, 5)), r"x: expected vectors of 3, got shape \[2, 5\]"),
         (lambda: nn.VectorQuantizer(3, 4, accept_image_fmap=True)(torch.randn(2, 3)), r"x: expected \[B, 3, H, W\]"),
-        (lambda: nn.VectorQuantizer(3, 4)(torch.full((2, 3), torch.nan)), "query"),
+        (lambda: nn.VectorQuantizer(3, 4)(torch.full((2, 3), torch.nan)), "x: expected finite"),
         (lambda: nn.VectorQuantizer(3, 4).get_output_from_indices(torch.tensor([4])), "indices: expected 0 to 3"),
         (lambda: nn.VectorQuantizer(3, 4, learnable_codebook=True, threshold_ema_dead_code=2), "threshold_ema"),
     ],
@@ -261,3 +261,9 @@ def test_what_the_quantizer_refuses_when_made() -> None:
         nn.VectorQuantizer(3, 4, seed=2**62)
     with pytest.raises(TypeError, match="learnable_codebook"):
         nn.VectorQuantizer(3, 4, learnable_codebook=1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_as_the_callers(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"^x: expected finite values, .* in row 1"):
+        nn.VectorQuantizer(3, 4)(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, bad]]))
