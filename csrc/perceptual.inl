@@ -1,10 +1,10 @@
-// Forward, a task is a block of pixels of one sample, both maps of which fit the second-level cache: norms as they come
-// from memory, then weighted sums from the cache. What a gradient needs of each pixel can be kept: the way back is then one
-// pass over the maps, in the order they lie in. Every pixel is computed alone and blocks are cut by shape only, so no result
-// depends on the number of threads.
+// Forward, a task is a block of pixels of one sample, taken a strip at a time, both maps of which stay in the nearest caches:
+// norms as they come from memory, then weighted sums from there. What a gradient needs of each pixel can be kept: the way
+// back is then one pass over the maps, in the order they lie in. Every pixel is computed alone and blocks are cut by shape
+// only, so no result depends on the number of threads.
 #include "perceptual_maps.inl"
 
-constexpr int64_t CACHED = 1 << 15;  // elements of one map in a block
+constexpr int64_t TASK = 1 << 15;    // elements of one map in a task
 constexpr int64_t SERIAL = 1 << 14;  // elements of one map that do not pay for a second thread
 constexpr int64_t GROUP = 16;        // pixels in channels_last that stay in the nearest caches
 constexpr int64_t SPAN = 1024;       // pixels whose four numbers stay in the nearest cache, on the way back
@@ -33,57 +33,47 @@ struct Kept {
     }
 };
 
-// A block of channel planes, copied strip by strip to [strips][c + 1][WIDTH]: planes lie a power of two apart, so in place
-// they would evict each other from the cache (so would strips without the odd row), and a strip's sums stay in registers.
+// WIDTH pixels of both maps out of channel planes, copied to [c][WIDTH]: planes lie a power of two apart, so in place they
+// would evict each other from the cache before the second pass.
 template <class T>
-struct Block {
-    static constexpr int64_t HALF = Lanes<T>::count, WIDTH = 2 * HALF;
-    const int64_t pitch, pixels;  // from strip to strip; whole strips
+struct Strip {
+    using V = typename Lanes<T>::V;
+    static constexpr int64_t HALF = Lanes<T>::count, WIDTH = 2 * HALF, LINE = 64 / sizeof(T);
     const std::unique_ptr<T[]> data;  // not cleared: that would cost a pass
-    T *x0, *x1, *square0, *square1;  // the maps; Σf² of each pixel
+    T *x0, *x1;
 
-    Block(int64_t c, int64_t size)
-        : pitch((c + 1) * WIDTH), pixels((size + WIDTH - 1) / WIDTH * WIDTH),
-          data(new T[size_t(2 * pitch * (pixels / WIDTH) + 2 * pixels)]) {
-        x0 = data.get(), x1 = x0 + pitch * (pixels / WIDTH), square0 = x1 + pitch * (pixels / WIDTH);
-        square1 = square0 + pixels;
+    explicit Strip(int64_t c) : data(new T[size_t(2 * c * WIDTH + LINE)]) {
+        x0 = data.get() + LINE - uintptr_t(data.get()) % 64 / sizeof(T), x1 = x0 + c * WIDTH;  // no vector in two lines
     }
 
+    // Of one map; and Σf² of each pixel.
     template <class S>
-    void pack(T* to, T* square, const S* from, const LpipsLayer& k, int64_t size) const {
-        constexpr int64_t AHEAD = 4;  // rows lie on other pages, where the processor does not look by itself
-        std::fill(square, square + pixels, T(0));
+    static void pack(T* to, T* square, const S* from, const LpipsLayer& k, int64_t left) {
+        V square0{}, square1{};
         for (int64_t c = 0; c < k.c; ++c, to += WIDTH, from += k.pixels) {
-            if (c + AHEAD < k.c)
-                for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(S)))
-                    __builtin_prefetch(from + AHEAD * k.pixels + i, 0, 2);
-            T* strip = to;
-            int64_t i = 0;
-            for (; i + WIDTH <= size; i += WIDTH, strip += pitch) {
-                const auto u0 = load(from + i), u1 = load(from + i + HALF);
-                store(strip, u0), store(strip + HALF, u1);
-                store(square + i, load(square + i) + u0 * u0);
-                store(square + i + HALF, load(square + i + HALF) + u1 * u1);
+            if (left < WIDTH) {
+                std::fill(to, to + WIDTH, T(0));
+                copy(to, from, left);
+            } else {
+                // The strip after this: planes lie on other pages, where the processor does not look by itself.
+                for (int64_t i = 0; i < WIDTH; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(from + WIDTH + i, 0, 2);
+                store(to, load(from)), store(to + HALF, load(from + HALF));
             }
-            if (i == size) continue;
-            std::fill(strip, strip + WIDTH, T(0));
-            copy(strip, from + i, size - i);
-            const auto u0 = load(strip), u1 = load(strip + HALF);
-            store(square + i, load(square + i) + u0 * u0);
-            store(square + i + HALF, load(square + i + HALF) + u1 * u1);
+            const V u0 = load(to), u1 = load(to + HALF);
+            square0 += u0 * u0, square1 += u1 * u1;
         }
+        store(square, square0), store(square + HALF, square1);
     }
 
-    // Σ of the distance over the pixels of the strip from `first` on; `left` of them have numbers to keep.
-    template <bool keep>
-    double strip(const LpipsLayer& k, int64_t first, int64_t left, const Kept<T>& kept) const {
-        using V = typename Lanes<T>::V;
-        const T *f0 = x0 + first / WIDTH * pitch, *f1 = x1 + first / WIDTH * pitch;
-        const T *weight = static_cast<const T*>(k.weight), eps = T(k.eps);
-        T scale[2 * WIDTH], inverse[2 * WIDTH];
-        for (int64_t i = 0; i < WIDTH; ++i) normalise(square0[first + i], eps, k.inside, scale[i], inverse[i]);
-        for (int64_t i = 0; i < WIDTH; ++i)
-            normalise(square1[first + i], eps, k.inside, scale[WIDTH + i], inverse[WIDTH + i]);
+    // Σ of the distance over the n-th sample's pixels from `first` on, of which there are `left`.
+    template <bool keep, class S>
+    double distance(const LpipsLayer& k, int64_t n, int64_t first, int64_t left) const {
+        const int64_t offset = n * k.c * k.pixels + first;
+        T square[2 * WIDTH], scale[2 * WIDTH], inverse[2 * WIDTH];
+        pack(x0, square, static_cast<const S*>(k.f0) + offset, k, left);
+        pack(x1, square + WIDTH, static_cast<const S*>(k.f1) + offset, k, left);
+        for (int64_t i = 0; i < 2 * WIDTH; ++i) normalise(square[i], T(k.eps), k.inside, scale[i], inverse[i]);
+        const T *f0 = x0, *f1 = x1, *weight = static_cast<const T*>(k.weight);
         const V a0 = load(scale), a1 = load(scale + HALF), b0 = load(scale + WIDTH), b1 = load(scale + 3 * HALF);
         V sum0{}, sum1{}, s0{}, s1{}, s2{}, s3{};
         for (int64_t c = 0; c < k.c; ++c, f0 += WIDTH, f1 += WIDTH) {
@@ -93,35 +83,32 @@ struct Block {
             sum0 += d0 * w0, sum1 += d1 * w1;
             if (keep) s0 += u0 * w0, s1 += u1 * w1, s2 -= v0 * w0, s3 -= v1 * w1;
         }
-        if (keep) {
-            store<false>(kept.scale0 + first, a0, left), store<false>(kept.scale1 + first, b0, left);
-            store<false>(kept.along0 + first, s0 * load(inverse), left);
-            store<false>(kept.along1 + first, s2 * load(inverse + WIDTH), left);
-            if (left > HALF) {
-                const int64_t at = first + HALF;
-                left -= HALF;
-                store<false>(kept.scale0 + at, a1, left), store<false>(kept.scale1 + at, b1, left);
-                store<false>(kept.along0 + at, s1 * load(inverse + HALF), left);
-                store<false>(kept.along1 + at, s3 * load(inverse + 3 * HALF), left);
-            }
-        }
         T distance[WIDTH];
         store(distance, sum0), store(distance + HALF, sum1);
+        if (keep) {
+            const Kept<T> kept(k, n * k.pixels + first);
+            store<false>(kept.scale0, a0, left), store<false>(kept.scale1, b0, left);
+            store<false>(kept.along0, s0 * load(inverse), left);
+            store<false>(kept.along1, s2 * load(inverse + WIDTH), left);
+            if (left > HALF) {
+                left -= HALF;
+                store<false>(kept.scale0 + HALF, a1, left), store<false>(kept.scale1 + HALF, b1, left);
+                store<false>(kept.along0 + HALF, s1 * load(inverse + HALF), left);
+                store<false>(kept.along1 + HALF, s3 * load(inverse + 3 * HALF), left);
+            }
+        }
         return sum_of(distance, WIDTH);
     }
 };
 
 // Channels in planes: Σ of the distance over a block's pixels.
 template <class S, class T = typename Wide<S>::T>
-static double planes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, const Block<T>& block) {
-    const int64_t offset = n * k.c * k.pixels + first;
-    block.pack(block.x0, block.square0, static_cast<const S*>(k.f0) + offset, k, size);
-    block.pack(block.x1, block.square1, static_cast<const S*>(k.f1) + offset, k, size);
-    const Kept<T> kept(k, n * k.pixels + first);
+static double planes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, const Strip<T>& strip) {
+    constexpr int64_t width = Strip<T>::WIDTH;
     double total = 0;
-    for (int64_t i = 0; i < size; i += block.WIDTH)
-        total += k.kept == nullptr ? block.template strip<false>(k, i, size - i, kept)
-                                   : block.template strip<true>(k, i, size - i, kept);
+    for (int64_t i = 0; i < size; i += width)
+        total += k.kept == nullptr ? strip.template distance<false, S>(k, n, first + i, std::min(width, size - i))
+                                   : strip.template distance<true, S>(k, n, first + i, std::min(width, size - i));
     return total;
 }
 
@@ -181,18 +168,18 @@ static double pixels_last(const LpipsLayer& k, int64_t n, int64_t first, int64_t
 template <class S>
 static void lpips_layer_of(const LpipsLayer& k) {
     using T = typename Wide<S>::T;
-    const int64_t most = std::max<int64_t>(32, std::min<int64_t>(1024, CACHED / k.c));
+    const int64_t most = std::max<int64_t>(32, std::min<int64_t>(1024, TASK / k.c));
     const int64_t size = std::min(most, k.pixels), blocks = (k.pixels + size - 1) / size;
     std::vector<double> partial(size_t(k.n * blocks));
 #pragma omp parallel num_threads(team(k.n* k.c* k.pixels, k.threads))
     {
-        Block<T> block(k.c, k.last ? 0 : size);
+        const Strip<T> strip(k.last ? 0 : k.c);
         const std::unique_ptr<T[]> scratch(new T[size_t(k.last && sizeof(S) < sizeof(T) ? 2 * GROUP * k.c : 0)]);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < k.n * blocks; ++task) {
             const int64_t n = task / blocks, first = task % blocks * size, count = std::min(size, k.pixels - first);
             const bool full = k.c % Lanes<T>::count == 0;
-            partial[size_t(task)] = !k.last ? planes<S>(k, n, first, count, block)
+            partial[size_t(task)] = !k.last ? planes<S>(k, n, first, count, strip)
                                     : full  ? pixels_last<S, true>(k, n, first, count, scratch.get())
                                             : pixels_last<S, false>(k, n, first, count, scratch.get());
         }
@@ -303,7 +290,7 @@ template <class S, bool squared>
 static void feature_distance_of(const FeatureDistance& k) {
     using T = typename Wide<S>::T;
     constexpr int64_t lanes = 16;
-    const int64_t size = std::min<int64_t>(k.size, CACHED), blocks = (k.size + size - 1) / size;
+    const int64_t size = std::min<int64_t>(k.size, TASK), blocks = (k.size + size - 1) / size;
     const double each = 1.0 / double(k.size);
     std::vector<double> partial(k.value == nullptr ? 0 : size_t(k.n * blocks));
 #pragma omp parallel for schedule(static) num_threads(team(k.n* k.size, k.threads))
