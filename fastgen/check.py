@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -36,6 +37,15 @@ def tensor(
         raise TypeError(f"{name}: expected {' or '.join(map(short, dtypes))}, got {short(value.dtype)}")
     if ndim is not None and value.ndim not in ndim:
         raise ValueError(f"{name}: expected {' or '.join(map(str, ndim))} dimensions, got shape {list(value.shape)}")
+    return value
+
+
+def rows(name: str, value: np.ndarray) -> np.ndarray:
+    """`value` itself, an array of rows that torch takes."""
+    if value.dtype not in (np.float32, np.float64, np.float16) or value.ndim != 2:
+        raise TypeError(
+            f"{name}: expected a [N, D] array of float32, float64 or float16, got {value.dtype} {list(value.shape)}"
+        )
     return value
 
 

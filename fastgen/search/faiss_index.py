@@ -240,11 +240,7 @@ class FaissIndex:
     def _raw(self, name: str, points: Tensor | np.ndarray) -> Iterator[Tensor]:
         """Rows that are finite in float32, `block` at a time where they are, float64 where points are, else float32."""
         if isinstance(points, np.ndarray):
-            if points.dtype not in (np.float32, np.float64, np.float16) or points.ndim != 2:
-                raise TypeError(
-                    f"{name}: expected a [N, D] array of float32, float64 or float16, "
-                    f"got {points.dtype} {list(points.shape)}"
-                )
+            check.rows(name, points)
         else:
             check.tensor(name, points, ndim=(2,))
         if points.shape[0] == 0 or (self._index is not None and points.shape[1] != self._index.d):

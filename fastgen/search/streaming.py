@@ -62,12 +62,7 @@ class StreamingNearest:
     ) -> None:
         self._array: np.ndarray | None = None
         if isinstance(query, np.ndarray):
-            if query.dtype not in (np.float32, np.float64, np.float16) or query.ndim != 2:
-                raise TypeError(
-                    "query: expected a [N, D] array of float32, float64 or float16, "
-                    f"got {query.dtype} {list(query.shape)}"
-                )
-            self._array, self._device = query, torch.device("cpu" if device is None else device)
+            self._array, self._device = check.rows("query", query), torch.device("cpu" if device is None else device)
             self._like = torch.from_numpy(np.empty((0, query.shape[1]), query.dtype)).to(self._device)
         else:
             check.tensor("query", query, ndim=(2,))
@@ -86,9 +81,14 @@ class StreamingNearest:
         self._stream = torch.cuda.Stream(self._device) if overlap and self._device.type == "cuda" else None
         self._waiting: tuple[Tensor, int, torch.cuda.Event] | None = None
 
-    def update(self, chunk: Tensor, *, first_id: int | None = None) -> "StreamingNearest":
-        """Take [M, D] rows with the ids first_id … first_id + M − 1, by default from where the last chunk ended."""
+    def update(self, chunk: Tensor | np.ndarray, *, first_id: int | None = None) -> "StreamingNearest":
+        """Take [M, D] rows with the ids first_id … first_id + M − 1, by default from where the last chunk ended.
+
+        A numpy array, as a part of a memory map is one, is copied to the device.
+        """
         start = self._next_id if first_id is None else check.integer("first_id", first_id, least=0)
+        if isinstance(chunk, np.ndarray):
+            chunk = torch.from_numpy(np.array(check.rows("chunk", chunk))).to(self._device)
         check.tensor("chunk", chunk, ndim=(2,))
         check.same("chunk", chunk, "query", self._like)
         if chunk.shape[1] != self._like.shape[1]:

@@ -45,14 +45,17 @@ def test_any_split_in_any_order(oracle):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("radius", [None, 1.5])
-def test_queries_on_disk(oracle, tmp_path, dtype, radius):
+def test_queries_and_chunks_on_disk(oracle, tmp_path, dtype, radius):
     query, database = torch.randint(-3, 4, (97, 4)), torch.randint(-3, 4, (500, 4)).numpy().astype(dtype)
     np.save(tmp_path / "query.npy", query.numpy().astype(dtype))
     mapped = np.load(tmp_path / "query.npy", mmap_mode="r")
+    np.save(tmp_path / "database.npy", database + dtype(0.5))
+    shifted = np.load(tmp_path / "database.npy", mmap_mode="r")
     for block in (10, 97, 1000):
         stream = StreamingNearest(mapped, block=block, exclude_radius=radius)
         for start in range(0, 500, 130):
-            stream.update(torch.from_numpy(database[start : start + 130]) + 0.5)
+            chunk = shifted[start : start + 130]  # read-only: torch would warn of it
+            stream.update(chunk if start % 260 else torch.from_numpy(np.array(chunk)))
         expected = oracle.nearest(query.double(), torch.from_numpy(database) + 0.5, 1, None, radius)
         for got, want in zip(stream.result(), expected, strict=True):
             assert torch.equal(got, want)
@@ -112,6 +115,10 @@ def test_refuses():
         stream.result()
     with pytest.raises(ValueError, match=r"chunk: expected shape \[M, 4\], got \[2, 3\]"):
         stream.update(torch.randn(2, 3))
+    with pytest.raises(TypeError, match=r"chunk: expected a \[N, D\] array of float32, float64 or float16, got int64"):
+        stream.update(np.zeros((2, 4), dtype=np.int64))
+    with pytest.raises(TypeError, match="chunk: expected the dtype of query"):
+        stream.update(np.zeros((2, 4)))
     with pytest.raises(TypeError, match="chunk: expected the dtype of query"):
         stream.update(torch.randn(2, 4).double())
     with pytest.raises(ValueError, match="first_id"):
