@@ -148,10 +148,13 @@ class StreamingNearest:
                 mask &= ~rejected(self._load(rows), chunk, self._radius)
         best = []  # taken over as a whole: a chunk that is refused at a later block leaves no trace
         for rows in self._blocks if mask is None or mask.any() else ():
-            if self._radius is None or mask is not None:
-                found = nearest(self._load(rows), chunk, mask=mask)
-            else:
-                found = nearest_or_none(self._load(rows), chunk, self._radius)
+            try:
+                if self._radius is None or mask is not None:
+                    found = nearest(self._load(rows), chunk, mask=mask)
+                else:
+                    found = nearest_or_none(self._load(rows), chunk, self._radius)
+            except ValueError as error:
+                raise ValueError(str(error).replace("database", "chunk")) from None  # what it is called here
             found = Nearest(found.distance, torch.where(found.distance.isinf(), _LAST, found.index + start))
             best.append((rows, merged(Nearest(self._best.distance[rows], self._best.index[rows]), found, 1)))
         for rows, one in best:
