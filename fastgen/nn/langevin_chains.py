@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen.check import finite_rows
 from fastgen.functional.langevin_mala import langevin_accept_
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Chains:
         return self.sampler._gradient(x)
 
     def start(self) -> None:
-        self.start_finite.copy_(_finite(self.x))
+        self.start_finite.copy_(finite_rows(self.x))
         if not self.late:
             self.check_start()
         for counter in (self.accepted, self.resets):
@@ -140,7 +141,7 @@ class Chains:
             energy, grad = self.gradient(self.x)
             # A copy: the gradient may be a buffer of the energy's, and steps write here.
             self.grad.copy_(grad)
-            ok = energy.isfinite() & _finite(grad)
+            ok = energy.isfinite() & finite_rows(grad)
             self.told = energy.dtype
             self.energy.copy_(torch.where(ok, energy, math.nan))  # a start without a meaning is never left
             self.record(ok, energy, start=True)
@@ -167,7 +168,7 @@ class Chains:
         else:
             energy, grad = self.gradient(self.x)
             if self.reset:
-                ok = energy.isfinite() & _finite(grad) & _finite(self.x)
+                ok = energy.isfinite() & finite_rows(grad) & finite_rows(self.x)
                 self.record(ok, energy)  # before the state moves, which the energy may be a view of
                 grad = self.put_back(ok, grad, energy)
                 energy = self.energy.to(energy.dtype)
@@ -207,12 +208,12 @@ class Chains:
 
     def settle(self, energies: Tensor | None) -> None:
         """Looks at the last state, and whether all was well."""
-        finite = _finite(self.x)
+        finite = finite_rows(self.x)
         if self.resets_late and self.n_steps > 0:
             rows = finite.view([-1] + [1] * (self.x.ndim - 1))
             self.x.copy_(torch.where(rows, self.x, self.good_x))
             self.record(finite, self.energy)
-            finite = _finite(self.x)
+            finite = finite_rows(self.x)
         self.finite.copy_(finite)
         well = self.start_finite.all() & finite.all()
         if not self.kept_tell:
@@ -272,7 +273,3 @@ class Chains:
 def _named(bad: Tensor) -> str:
     chains = bad.nonzero().flatten().tolist()
     return f"{chains[0]}" + (f" and {len(chains) - 1} more" if len(chains) > 1 else "")
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(dim=1)

@@ -132,7 +132,7 @@ class ReplayBuffer(nn.Module):
                 raise ValueError(f"{name}: expected the buffer's device, {self.storage.device}, got {value.device}")
         stored = self._stored(x)
         kept = x if stored.dtype == torch.uint8 else stored  # a cast may overflow; uint8 is clamped
-        finite = kept.isfinite().reshape(len(x), math.prod(self.shape)).all(dim=1)
+        finite = check.finite_rows(kept)
         inside = (index >= 0) & (index < self.capacity)
         if not bool((finite & inside).all()):
             if not bool(inside.all()):

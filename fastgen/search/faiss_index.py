@@ -250,7 +250,7 @@ class FaissIndex:
             part = points[start : start + self.block]
             rows = part.detach() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))  # maps are read-only
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            finite = rows.float().isfinite().all(1)
+            finite = check.finite_rows(rows.float())
             if not finite.all():
                 row = start + int((~finite).nonzero()[0, 0])
                 raise ValueError(f"{name}: expected finite float32 values, got NaN or infinity in row {row}")

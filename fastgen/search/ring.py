@@ -76,7 +76,7 @@ def _nearest(ring: "_Ring", query_shard: Tensor, database_shard: Tensor, k: int,
                 raise ValueError(f"mask: expected [{len(ids)}] on {ids.device}, got {check.describe(mask)}")
             database, ids = database_shard[mask], ids[mask]
         for name, points, number in (("query_shard", query_shard, None), ("database_shard", database, ids)):
-            finite = points.isfinite().all(1)
+            finite = check.finite_rows(points)
             if not finite.all():
                 row = int((~finite).nonzero()[0, 0])
                 row = row if number is None else int(number[row])

@@ -141,7 +141,7 @@ class StreamingNearest:
     def _search(self, chunk: Tensor, start: int) -> None:
         mask = None
         if self._radius is not None and len(self._blocks) > 1:
-            if not chunk.isfinite().all():
+            if not check.finite_rows(chunk).all():
                 raise ValueError("chunk: expected finite values, got NaN or infinity")
             mask = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
             for rows in self._blocks:

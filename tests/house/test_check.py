@@ -59,3 +59,18 @@ def test_the_forced_cpp_kernels_take_no_address_of_a_gpu(family):
         assert backend.choose(family, "cpu") == "cpp"
         with pytest.raises(ValueError, match=f"{family}: expected tensors on the CPU, .* got cuda"):
             backend.choose(family, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 3, 1, 4), (6, 0), (0, 4)])
+def test_finite_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Among them rows whose sums alone are beyond the dtype, of either sign."""
+    x = torch.full(shape, 250).to(dtype)
+    if dtype.is_floating_point and x.numel():
+        x.fill_(torch.finfo(dtype).max)
+        for row, bad in ((1, torch.inf), (2, torch.nan), (4, -torch.inf)):
+            x[row].view(-1)[-1] = bad
+        x[3] = -x[3]
+        x[5].view(-1)[:1] = torch.finfo(dtype).smallest_normal / 2
+    expected = torch.tensor([bool(row.isfinite().all()) for row in x], dtype=torch.bool)
+    assert torch.equal(check.finite_rows(x), expected)
