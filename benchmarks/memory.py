@@ -95,7 +95,8 @@ def _field(name: str) -> int:
         for line in status:
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if name == "VmHWM" else 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if name == "VmHWM" else 0
 
 
 class Server:

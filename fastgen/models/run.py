@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,7 +240,7 @@ class Run:
 
     def note_peak(self, command: str) -> None:
         """Keep the bytes of this process's largest resident set in peak_rss.json, under the command's name."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         write_json(self.path / "peak_rss.json", {**self.read("peak_rss.json", int), command: peak})
 
     def read(self, name: str, values: type = object) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import resource
 import signal
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -350,6 +353,17 @@ def test_resume_false_starts(tmp_path: Path) -> None:
     wanted = ["train", "wae-mmd", "--data=digits", f"--out={out}", "--resume", "false"]
     assert main([*wanted, *flags(WAE), "--trainer.limit_train_batches=1"]) == 0
     assert main(["train", "wae-mmd", f"--out={out}", "--resume", "true", *QUICK]) == 0
+
+
+def test_the_largest_resident_set_is_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"model": "wae-mmd", "data": "digits", "arguments": {}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    usage = types.SimpleNamespace(ru_maxrss=2**20)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    for platform, expected in (("linux", 2**30), ("darwin", 2**20)):  # kilobytes, bytes
+        monkeypatch.setattr(sys, "platform", platform)
+        Run(tmp_path).note_peak(platform)
+        assert Run(tmp_path).read("peak_rss.json")[platform] == expected
 
 
 @pytest.mark.parametrize(
