@@ -182,6 +182,7 @@ class FaissIndex:
 
     def _build(self, raw: Tensor) -> None:
         faiss, d = self._faiss, raw.shape[1]
+        self._index, self._inner, self._resources = None, None, []  # a second training's take the place of the first's
         self._mean = raw.mean(0, dtype=torch.float64).float()
         centring = faiss.CenteringTransform(d)  # what is saved; here _handed does its work
         faiss.copy_array_to_vector(self._mean.cpu().numpy(), centring.mean)

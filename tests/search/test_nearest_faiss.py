@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -173,6 +174,25 @@ def test_a_gpu_index_takes_pointers_in_the_order_of_torchs_stream(monkeypatch):
     for i, call in enumerate([("add", 400), ("add", 50), ("add", 50), ("search", 70)]):
         calls += [(1, ("cuda:1", 100 + i)), call]
     assert gpu.told == calls
+
+
+def test_a_second_training_lets_go_of_the_firsts_resources(monkeypatch):
+    gpu = OnGpu(monkeypatch)
+    held = weakref.WeakSet()
+    made = faiss.StandardGpuResources
+
+    def resources():
+        new = made()
+        held.add(new)
+        return new
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", resources)
+    points = torch.randn(30, 4)
+    index = FaissIndex(device=["cuda:0", "cuda:1"]).train(points).train(10 + points)
+    assert len(held) == 2
+    gpu.told.clear()
+    index.add(points)
+    assert [told[0] for told in gpu.told if told[0] != "add"] == [0, 1]  # streams are set for those in use alone
 
 
 def test_what_a_gpu_has_not(monkeypatch):
