@@ -192,7 +192,8 @@ def tune(stage: Stage) -> int:
     """Search after search; the table is written after each, so that what was found stands when the rest is cut off."""
     from fastgen.kernels import tuned
 
-    known = searches()
+    with tuned.alone():  # an earlier search's finds are no launcher's own: the table would be written without them
+        known = searches()
     name = f"{tuned.slug(stage.about['device'])}.json"
     context = multiprocessing.get_context("spawn")
     left = [

@@ -14,6 +14,7 @@ import torch
 
 FOLDER = Path(__file__).parent / "tuned"
 _forced: dict[tuple[str, str], dict[str, Any]] = {}
+_alone = False
 _changes = 0
 
 
@@ -40,7 +41,7 @@ def find(kernel: str, key: str) -> dict[str, Any] | None:
     """What to launch `kernel` with for `key` on the current CUDA device; None where nothing was searched."""
     if (kernel, key) in _forced:
         return _forced[kernel, key]
-    if not torch.cuda.is_initialized():
+    if _alone or not torch.cuda.is_initialized():
         return None
     return _table_of(torch.cuda.current_device()).get(kernel, {}).get(key)
 
@@ -48,6 +49,19 @@ def find(kernel: str, key: str) -> dict[str, Any] | None:
 def changes() -> int:
     """Another number whenever `find` may find something else."""
     return _changes
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block the launchers choose by themselves, as if nothing had been searched."""
+    global _alone, _changes
+    _alone, before = True, _alone
+    _changes += 1
+    try:
+        yield
+    finally:
+        _changes += 1
+        _alone = before
 
 
 @contextmanager

@@ -89,6 +89,9 @@ def test_what_the_search_wrote_is_launched(gpu: ModuleType, tmp_path: Path, monk
             assert mmd_launch.blocks("grad", 64)["BLOCK_N"] == 128
         table = json.loads((tuned.FOLDER / "a-gpu.json").read_text())["configurations"]
         assert set(table) == {"mmd_grad", "langevin"}  # what is the table's own already is left out
+        with tuned.alone():
+            assert mmd_launch.blocks("grad", 64) == own
+            assert gpu.searches() == known
         on_device(tuned, monkeypatch, "another")
         assert mmd_launch.blocks("grad", 64) == own
     finally:
@@ -139,6 +142,11 @@ def test_every_family_is_searched(gpu: ModuleType, tmp_path: Path, monkeypatch: 
         # Kernels and precisions that need more than what was timed keep their own.
         assert mmd_launch.blocks("grad", 64, "energy", "bf16x6")["num_warps"] == 8
         assert mmd_launch.blocks("grad", 64, "imq", "tf32x3")["num_warps"] == 8
+        # A search that goes on where its own table is in use already, with one step left to do.
+        table = (tuned.FOLDER / "a-gpu.json").read_text()
+        del stage.done["lpips C=64"]
+        gpu.tune(stage)
+        assert json.loads((tuned.FOLDER / "a-gpu.json").read_text()) == json.loads(table)
     finally:
         forget(tuned)
 
