@@ -364,8 +364,10 @@ def bench(file: Path, seconds: float, patience: float, more: Sequence[str] = ())
 def main(argv: list[str]) -> int:
     if argv[:1] == ["small"]:
         return small(argv[1])
-    if argv[:1] in (["once"], ["timeline"]):
-        return {"once": gpu_profile.once, "timeline": gpu_profile.timeline}[argv[0]](argv[1], argv[2])
+    if argv[:1] == ["once"]:
+        return gpu_profile.once(argv[1], argv[2])
+    if argv[:1] == ["timelines"]:
+        return gpu_profile.each_timeline(*argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

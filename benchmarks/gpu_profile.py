@@ -6,6 +6,7 @@ counters are ncu's, where that is installed and may read them.
 """
 
 import csv
+import gc
 import json
 import re
 import time
@@ -43,13 +44,6 @@ def profile(stage: Stage) -> int:
     if not slowest and not works:
         raise ValueError("profile: expected rows of `make gpu STAGE=bench` in the result file, got none")
 
-    def on_time(step: str) -> Any:
-        done = ran(again("timeline", *works[step]), {}, stage.left())
-        outcome = stage.kept(step, done, outcome_of(done, (0,)))
-        if outcome is None or done is None or outcome["status"] == "failed":
-            return outcome
-        return {"status": "passed", **json.loads(done.stdout.splitlines()[-1])}
-
     def profiled(family: str) -> Any:
         if (ncu := tool("ncu")) is None:
             return {"status": "missing", "says": "no ncu on the PATH"}
@@ -67,9 +61,28 @@ def profile(stage: Stage) -> int:
             return None
         return outcome | {"work": slowest[family], "kernels": counters(done.stdout)}
 
-    stage.each(list(works), on_time)
+    timelines(stage, works)
     stage.each(list(slowest), profiled)
     return 1 if any(outcome["status"] == "failed" for outcome in stage.done.values()) else 0
+
+
+def timelines(stage: Stage, works: dict[str, tuple[str, str]]) -> None:
+    """Of all works in one process, which takes longer to begin than most of them; where one ends it, of the rest in
+    another."""
+    told = stage.file.with_name(f"{stage.file.stem}-timelines.jsonl")
+    while (left := [step for step in works if step not in stage.done]) and stage.left() > 0:
+        print(f"{stage.name}: timelines of {', '.join(left)}", flush=True)
+        told.unlink(missing_ok=True)
+        done = ran(again("timelines", str(told), *(part for step in left for part in works[step])), {}, stage.left())
+        lines = told.read_text() if told.exists() else ""
+        for line in lines[: lines.rfind("\n") + 1].splitlines():
+            stage.record(left.pop(0), json.loads(line))
+        if done is None:
+            break
+        if left:
+            stage.record(left[0], stage.kept(left[0], done, outcome_of(done, ())))
+    told.unlink(missing_ok=True)
+    stage.say(list(works))
 
 
 def unknown_metrics(said: str, metrics: set[str]) -> set[str]:
@@ -132,8 +145,19 @@ def once(family: str, name: str) -> int:
     return 0
 
 
-def timeline(family: str, name: str) -> int:
-    """Prints JSON: the seconds of a call, those of them before it returned (`host`), and what `kernels` says."""
+def each_timeline(told: str, *named: str) -> int:
+    """Of families and works in turn: a line of JSON for each in the file `told`. An error ends the process: it may be
+    the device's."""
+    with open(told, "w", buffering=1) as file:
+        for family, name in zip(named[::2], named[1::2], strict=True):
+            file.write(json.dumps({"status": "passed", **timeline(family, name)}) + "\n")
+            gc.collect()
+            torch.cuda.empty_cache()
+    return 0
+
+
+def timeline(family: str, name: str) -> dict[str, Any]:
+    """The seconds of a call, those of them before it returned (`host`), and what `kernels` says."""
     run, device = _ready(family, name), torch.device("cuda")
     started = time.perf_counter()
     calls = 0
@@ -146,8 +170,7 @@ def timeline(family: str, name: str) -> int:
     with torch.profiler.profile() as profiler:
         run()
         torch.cuda.synchronize(device)
-    print(json.dumps(found | kernels(profiler.key_averages())))
-    return 0
+    return found | kernels(profiler.key_averages())
 
 
 def kernels(events: Any) -> dict[str, Any]:

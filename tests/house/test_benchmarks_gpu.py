@@ -327,14 +327,15 @@ def test_the_profile_has_a_timeline_of_each_work_of_the_bars(
 
     def ran(command: list[str], environment: dict[str, str], seconds: float) -> Any:
         commands.append(command[-3:])
-        said = "loaded\n" + json.dumps({"seconds": 2.0, "kernels": []})
-        return subprocess.CompletedProcess(command, 0, said, "")
+        if command[-3].endswith(".jsonl"):
+            Path(command[-3]).write_text(json.dumps({"status": "passed", "seconds": 2.0, "kernels": []}) + "\n")
+        return subprocess.CompletedProcess(command, 0, "loaded\n", "")
 
     monkeypatch.setattr(profile, "ran", ran)
     monkeypatch.setattr(profile, "tool", lambda name: None)
     stage = stages.Stage("profile", tmp_path / "a.json", about())
     assert profile.profile(stage) == 0
-    assert commands == [["timeline", asked.family, asked.work]]
+    assert [command[1:] for command in commands] == [[asked.family, asked.work]]
     assert stage.done[f"{asked.family}: {asked.work}"] == {"status": "passed", "seconds": 2.0, "kernels": []}
     assert stage.done[asked.family]["status"] == "missing"
     monkeypatch.setattr(profile, "tool", lambda name: "/bin/ncu")
@@ -342,13 +343,39 @@ def test_the_profile_has_a_timeline_of_each_work_of_the_bars(
     assert commands[-1] == ["once", asked.family, "another"]
 
 
+def test_a_work_that_ends_the_process_is_alone_without_a_timeline(
+    profile: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import stages
+
+    works = {name: ("family", name) for name in "abcde"}
+    asked = []
+
+    def ran(command: list[str], environment: dict[str, str], seconds: float) -> Any:
+        names = command[command.index("timelines") + 3 :: 2]
+        asked.append("".join(names))
+        rest = names[: names.index("b")] if "b" in names else names[:1]
+        lines = "".join(json.dumps({"status": "passed", "seconds": ord(name)}) + "\n" for name in rest)
+        Path(command[command.index("timelines") + 1]).write_text(lines + '{"status": "pas')  # cut off while writing
+        return subprocess.CompletedProcess(command, -11, "", "Segmentation fault") if "b" in names else None
+
+    monkeypatch.setattr(profile, "ran", ran)
+    stage = stages.Stage("profile", tmp_path / "a.json", about())
+    profile.timelines(stage, works)
+    assert asked == ["abcde", "cde"]
+    assert stage.done["b"] == {"status": "failed", "says": "Segmentation fault"}
+    assert {name: outcome["seconds"] for name, outcome in stage.done.items() if name != "b"} == {"a": 97, "c": 99}
+    assert "2 steps are left: d, e" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.glob("*timelines*")] == []
+
+
 @pytest.mark.gpu
-def test_a_timeline_on_the_gpu(profile: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_timeline_on_the_gpu(profile: ModuleType, tmp_path: Path) -> None:
     from benchmarks import bars
 
     asked = next(bar for bar in bars.BARS if bar.family == "langevin" and bar.on == bars.GPU)
-    assert profile.timeline(asked.family, asked.work) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert profile.each_timeline(str(tmp_path / "told"), asked.family, asked.work) == 0
+    found = json.loads((tmp_path / "told").read_text())
     assert found["kernel_launches"] == 1
     assert found["kernels"][0]["kernel"] == "_langevin_kernel"
     assert 0 < found["kernel_seconds"] < found["seconds"]
