@@ -1,6 +1,7 @@
 """Checks of what users hand in: each names the argument, what was expected and what came."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -118,6 +119,16 @@ def no_tangent(what: str, *values: Any) -> None:
             raise NotImplementedError(
                 f"fastgen {what}: forward-mode AD is not built; what works: reverse mode, as torch.autograd.grad"
             )
+
+
+def no_vmap(what: str, works: str) -> Callable[..., NoReturn]:
+    """The rule under torch.vmap of what has none. Torch's own fallback for ops would lose the gradient of what is
+    differentiated outside the vmap, without a word."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise NotImplementedError(f"fastgen {what}: vmap is not built; what works: {works}")
+
+    return refuse
 
 
 def not_built(name: str, value: Any, works: str) -> NoReturn:

@@ -87,7 +87,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def oracle(request: pytest.FixtureRequest) -> ModuleType:
     """tests/oracle/<stem>.py for a test in any test_<stem>.py: the naive float64 meaning of the family."""
-    stem = request.path.stem.removeprefix("test_").split("_")[0]
+    return _oracle(request.path.stem.removeprefix("test_").split("_")[0])
+
+
+@pytest.fixture
+def oracles() -> Callable[[str], ModuleType]:
+    """By the stem, for a test of several families."""
+    return _oracle
+
+
+def _oracle(stem: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"oracle_{stem}", HERE / "oracle" / f"{stem}.py")
     assert spec is not None
     assert spec.loader is not None

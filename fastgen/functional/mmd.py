@@ -27,6 +27,7 @@ from fastgen.functional.mmd_weights import (
     taken_out,
     weighted,
 )
+from fastgen.functional.transforms import apply, batched, wanted
 from fastgen.ops import mmd as ops
 
 __all__ = [
@@ -45,7 +46,11 @@ __all__ = [
 Options = tuple[Any, ...]
 
 
-class _MMD(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    vmap = staticmethod(ops.no_vmap)
+
+
+class _MMD(_Function):
     """The gradient is made with the value, since the upstream gradient is one number for each MMD."""
 
     @staticmethod
@@ -67,7 +72,7 @@ class _MMD(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, gx, gy = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_Gradient.apply(upstream, x, y, gx, gy, ctx.options), None, None
+            return *apply(_Gradient, upstream, x, y, gx, gy, ctx.options), None, None
         return *_scaled(upstream, x.dtype, gx, gy), None, None
 
 
@@ -75,7 +80,7 @@ class _MMD(torch.autograd.Function):
 _apply_directly: Any = super(torch.autograd.Function, _MMD).apply
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(_Function):
     """upstream·∂MMD²/∂x and upstream·∂MMD²/∂y as a function of upstream, x and y; its own gradient is the product of
     MMD²'s Hessian with what comes from above."""
 
@@ -89,10 +94,10 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_Product.apply(vx, vy, *ctx.saved_tensors, ctx.options), None, None, None
+        return *apply(_Product, vx, vy, *ctx.saved_tensors, ctx.options), None, None, None
 
 
-class _Product(torch.autograd.Function):
+class _Product(_Function):
     """The gradient of _Gradient: joined to all of its inputs, so that a third derivative raises where it is taken."""
 
     @staticmethod
@@ -125,7 +130,7 @@ class _Product(torch.autograd.Function):
         )
 
 
-class _WeightedMMD(torch.autograd.Function):
+class _WeightedMMD(_Function):
     """MMD² as a function of the points, the weights p and q that sum to one, and the coefficients of its three sums."""
 
     @staticmethod
@@ -148,8 +153,9 @@ class _WeightedMMD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: Any = _WeightedGradient.apply if torch.is_grad_enabled() else _weighted_gradients
-        return *gradients(upstream, *ctx.saved_tensors, ctx.options, ctx.terms), None, None
+        given = (upstream, *ctx.saved_tensors, ctx.options, ctx.terms)
+        found = apply(_WeightedGradient, *given) if torch.is_grad_enabled() else _weighted_gradients(*given)
+        return *found, None, None
 
 
 def _weighted_gradients(
@@ -171,7 +177,7 @@ def _weighted_gradients(
     return *_scaled(upstream, x.dtype, gx, gy), gp.to(p.dtype), gq.to(q.dtype), in_coefficients(p, q, sums) * scale
 
 
-class _WeightedGradient(torch.autograd.Function):
+class _WeightedGradient(_Function):
     """`_weighted_gradients`; their own gradient is the Hessian's product, of weights and coefficients too."""
 
     @staticmethod
@@ -182,11 +188,11 @@ class _WeightedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-        products = _WeightedProduct.apply(*v, *ctx.saved_tensors, ctx.options, ctx.terms)
+        products = apply(_WeightedProduct, *v, *ctx.saved_tensors, ctx.options, ctx.terms)
         return *products, None, None, None, None
 
 
-class _WeightedProduct(torch.autograd.Function):
+class _WeightedProduct(_Function):
     """As `_Product`."""
 
     @staticmethod
@@ -275,10 +281,14 @@ def _swapped(options: Options) -> Options:
 
 def evaluate(x: Tensor, y: Tensor, options: Options, call: ops.Call = ops.call) -> Tensor:
     """MMD² of checked arguments, with a gradient where one is asked for."""
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        result: Tensor = (_MMD.apply if call is ops.call else _apply_directly)(x, y, options, call)
-        return result
-    return call(0, x, y, options)[0]
+    result: Tensor
+    if call is ops.call:
+        result = apply(_MMD, x, y, options, call) if any(wanted(x, y)) else call(0, x, y, options)[0]
+    elif torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        result = _apply_directly(x, y, options, call)
+    else:
+        (result,) = call(0, x, y, options)
+    return result
 
 
 def mmd(
@@ -329,7 +339,7 @@ def mmd(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; fewer than two points
             where i ≠ j asks for two; weights that are negative or sum to zero (on a GPU and in a compiled graph, where
             nothing waits for the data: NaN).
-        NotImplementedError: second derivatives with `group`, third ones, forward-mode differentiation.
+        NotImplementedError: second derivatives with `group`, third ones, forward-mode differentiation, torch.vmap.
 
     Notes:
         Memory is O((N + M)·D). The same input gives the same bits on one device, for any number of threads. Distances
@@ -378,7 +388,7 @@ def compute(
     x, y, options = _checked(*given)
     terms = ops.ALL if y_term is None else ops.ALL & ~2
     if differentiable(x_weight) or differentiable(y_weight):
-        of_weights: Tensor = _WeightedMMD.apply(x, y, *weighted(x, y, x_weight, y_weight, estimator), options, terms)
+        of_weights: Tensor = apply(_WeightedMMD, x, y, *weighted(x, y, x_weight, y_weight, estimator), options, terms)
         return of_weights if y_term is None else of_weights + y_term
     if x_weight is not None or y_weight is not None:
         options = (*options, *weighted(x, y, x_weight, y_weight, estimator), terms)
@@ -402,6 +412,8 @@ def _checked(
     check.tensor("x", x, ndim=(2, 3))
     check.tensor("y", y, ndim=(2, 3))
     check.no_tangent("mmd", x, y, x_weight, y_weight)
+    if batched(x, y, x_weight, y_weight):  # a look at the weights would say it in other words
+        ops.no_vmap()
     if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)

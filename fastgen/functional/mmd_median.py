@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.transforms import wanted
 from fastgen.ops import mmd_median as ops
 from fastgen.reference.mmd import accumulator
 
@@ -74,7 +75,7 @@ def median_squared_distance(
     dtype = accumulator(x.dtype)
     a, b = x.to(dtype), other.to(dtype)
     value, pair = ops.median(a.detach(), b.detach(), rank, y is None)
-    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+    if not any(wanted(a, b)):
         return value
     squared = (a.index_select(0, pair[:1]) - b.index_select(0, pair[1:])).square().sum()
     # Worth the exact value, moving with the pair; NaN in both where the value is.

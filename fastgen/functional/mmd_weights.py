@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.transforms import wanted
 from fastgen.ops import mmd as ops
 
 
@@ -29,7 +30,7 @@ def check_weight(name: str, weight: Any, points_name: str, points: Tensor, shard
 
 
 def differentiable(weight: Tensor | None) -> bool:
-    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+    return wanted(weight)[0]
 
 
 def taken_out(points: Tensor, weight: Tensor | None) -> Tensor:

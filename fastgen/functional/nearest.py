@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.transforms import apply, wanted
 from fastgen.ops import backend
 from fastgen.ops import nearest as ops  # registers them
 
@@ -87,8 +88,8 @@ def nearest(
             raise ValueError(f"mask: expected shape [{m}] or [{n}, {m}], got {list(mask.shape)}")
     find = ops.direct if backend.runs_directly(query, database, mask) else ops.call
     distance, index = find(query.detach(), database.detach(), mask, k, exclude_radius, precision)
-    if torch.is_grad_enabled() and (query.requires_grad or database.requires_grad):
-        distance = _Distance.apply(query, database, index, distance)
+    if any(wanted(query, database)):
+        distance = apply(_Distance, query, database, index, distance)
     return Nearest(distance, index)
 
 
@@ -114,6 +115,8 @@ def distances(query: Tensor, database: Tensor) -> Tensor:
 
 class _Distance(torch.autograd.Function):
     """‖q − b‖² of the chosen pairs, as found. The backward is plain torch, so autograd differentiates it again."""
+
+    vmap = staticmethod(ops.no_vmap)
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, database: Tensor, index: Tensor, distance: Tensor) -> Tensor:

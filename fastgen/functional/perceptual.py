@@ -8,6 +8,7 @@ import torch.nn.functional as tf
 from torch import Tensor
 
 from fastgen import check
+from fastgen.functional.transforms import apply, twice, wanted
 from fastgen.ops import perceptual as ops
 from fastgen.reference import perceptual as reference
 
@@ -21,6 +22,8 @@ def epsilon(eps_mode: str) -> tuple[float, bool]:
 
 
 class _LpipsLayer(torch.autograd.Function):
+    vmap = staticmethod(ops.no_vmap["lpips_layer"])
+
     @staticmethod
     def forward(ctx: Any, f0: Tensor, f1: Tensor, weight: Tensor, eps: float, eps_inside: bool) -> Tensor:
         ctx.eps = (eps, eps_inside)
@@ -35,25 +38,44 @@ class _LpipsLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         f0, f1, weight, kept = ctx.saved_tensors
-        # Asked for a second order, the closed form in plain torch: it is differentiable, the ops are not.
-        twice = torch.is_grad_enabled()
-        kernels = reference if twice else ops
+        eps = ctx.eps
         need0, need1, need_weight = ctx.needs_input_grad[:3]
         grad0 = grad1 = grad_weight = None
-        if need0 and need1 and not twice:
-            grad0, grad1 = ops.lpips_layer_backward_both(grad, f0, f1, weight, *ctx.eps, kept)
-        else:
-            if need0:
-                grad0 = kernels.lpips_layer_backward(grad, f0, f1, weight, *ctx.eps, *([] if twice else [kept]))
-            if need1:
-                other = [] if twice else [kept.flip(1)]
-                grad1 = kernels.lpips_layer_backward(grad, f1, f0, weight, *ctx.eps, *other)
+
+        def one(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+            found: Tensor = ops.lpips_layer_backward(grad, f0, f1, weight, *eps, kept)
+            return found
+
+        def both(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = ops.lpips_layer_backward_both(grad, f0, f1, weight, *eps, kept)
+            return found
+
+        def one_meaning(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+            return reference.lpips_layer_backward(grad, f0, f1, weight, *eps)
+
+        def both_meaning(grad: Tensor, f0: Tensor, f1: Tensor, weight: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            return one_meaning(grad, f0, f1, weight, _), one_meaning(grad, f1, f0, weight, _)
+
+        if need0 and need1:
+            grad0, grad1 = twice(both, both_meaning, grad, f0, f1, weight, kept)
+        elif need0:
+            grad0 = twice(one, one_meaning, grad, f0, f1, weight, kept)
+        elif need1:
+            grad1 = twice(one, one_meaning, grad, f1, f0, weight, kept.flip(1))
         if need_weight:
-            grad_weight = kernels.lpips_layer_backward_weight(grad, f0, f1, *ctx.eps).to(weight.dtype)
+            grad_weight = twice(
+                lambda g, a, b: ops.lpips_layer_backward_weight(g, a, b, *eps),
+                lambda g, a, b: reference.lpips_layer_backward_weight(g, a, b, *eps),
+                grad,
+                f0,
+                f1,
+            ).to(weight.dtype)
         return grad0, grad1, grad_weight, None, None
 
 
 class _LpipsProject(torch.autograd.Function):
+    vmap = staticmethod(ops.no_vmap["lpips_project"])
+
     @staticmethod
     def forward(
         ctx: Any, f: Tensor, weight: Tensor, dim: int, seed: int, layer: int, eps: float, inside: bool
@@ -67,15 +89,21 @@ class _LpipsProject(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         f, weight = ctx.saved_tensors
         dim, seed, layer, eps, inside = ctx.options
-        if torch.is_grad_enabled():  # asked for a second order: in plain torch
+
+        def meaning(grad: Tensor, f: Tensor, weight: Tensor) -> Tensor:
             bucket, sign = ops.lpips_project_buckets(f.detach(), dim, seed, layer)
-            grad = reference.lpips_project_backward(grad, f, weight, bucket, sign, eps, inside)
-        else:
-            grad = ops.lpips_project_backward(grad, f, weight, seed, layer, eps, inside)
-        return grad, None, None, None, None, None, None
+            return reference.lpips_project_backward(grad, f, weight, bucket, sign, eps, inside)
+
+        def kernel(grad: Tensor, f: Tensor, weight: Tensor) -> Tensor:
+            found: Tensor = ops.lpips_project_backward(grad, f, weight, seed, layer, eps, inside)
+            return found
+
+        return twice(kernel, meaning, grad, f, weight), None, None, None, None, None, None
 
 
 class _FeatureDistance(torch.autograd.Function):
+    vmap = staticmethod(ops.no_vmap["feature_distance"])
+
     @staticmethod
     def forward(ctx: Any, f0: Tensor, f1: Tensor, squared: bool) -> Tensor:
         ctx.save_for_backward(f0, f1)
@@ -86,13 +114,17 @@ class _FeatureDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         f0, f1 = ctx.saved_tensors
-        kernels = reference if torch.is_grad_enabled() else ops
+        squared = ctx.squared
         need0, need1 = ctx.needs_input_grad[:2]
-        grad0 = kernels.feature_distance_backward(grad, f0, f1, ctx.squared) if need0 else None
-        if need1:
-            grad1 = -grad0 if grad0 is not None else kernels.feature_distance_backward(grad, f1, f0, ctx.squared)
-            return grad0, grad1, None
-        return grad0, None, None
+        of = (grad, f0, f1) if need0 else (grad, f1, f0)
+        found = twice(
+            lambda g, a, b: ops.feature_distance_backward(g, a, b, squared),
+            lambda g, a, b: reference.feature_distance_backward(g, a, b, squared),
+            *of,
+        )
+        if need0:
+            return found, -found if need1 else None, None
+        return None, found, None
 
 
 def _pairs(features0: Any, features1: Any, ndim: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -158,7 +190,7 @@ def lpips_distance(
     pairs = _pairs(features0, features1, (4,))
     total: Tensor | None = None
     for (f0, f1), weight in zip(pairs, _layer_weights(weights, [f0 for f0, _ in pairs]), strict=True):
-        value = _LpipsLayer.apply(f0, f1, weight, *epsilon(eps_mode))
+        value = apply(_LpipsLayer, f0, f1, weight, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
     return total
@@ -198,10 +230,10 @@ def lpips_projection(
     maps = [pair[0] for pair in _pairs(features, features, (4,))]
     total: Tensor | None = None
     for i, (f, weight) in enumerate(zip(maps, _layer_weights(weights, maps), strict=True)):
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if wanted(weight)[0]:
             check.not_built(f"weights[{i}].requires_grad", True, "weights that require no gradient")
         signed = seed - 2**64 if seed >= 2**63 else seed
-        value = _LpipsProject.apply(f, weight, dim, signed, i, *epsilon(eps_mode))
+        value = apply(_LpipsProject, f, weight, dim, signed, i, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
     return total
@@ -236,7 +268,7 @@ def feature_distance(
     scales = [1.0] * len(pairs) if layer_weight is None else layer_numbers(layer_weight, len(pairs))
     total: Tensor | None = None
     for (f0, f1), scale in zip(pairs, scales, strict=True):
-        value = _FeatureDistance.apply(f0, f1, distance == "l2")
+        value = apply(_FeatureDistance, f0, f1, distance == "l2")
         value = value if scale == 1.0 else value * scale
         total = value if total is None else total + value
     assert total is not None
@@ -253,6 +285,8 @@ def layer_numbers(layer_weight: Any, layers: int) -> list[float]:
 
 class _Gram(torch.autograd.Function):
     """α f fᵀ of f [N, C, P]. Its gradient is one product, where autograd would take two for the two factors."""
+
+    vmap = staticmethod(check.no_vmap("gram_matrix", "features [N, C, H, W]"))
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, alpha: float) -> Tensor:
@@ -287,7 +321,7 @@ def gram_matrix(features: Tensor) -> Tensor:
         raise ValueError(f"features: expected at least one element a sample, got shape {list(features.shape)}")
     with torch.autocast(features.device.type, enabled=False):
         f = features.to(reference.wide(features.dtype)).flatten(2)
-        gram: Tensor = _Gram.apply(f, 1.0 / (f.shape[1] * f.shape[2]))
+        gram: Tensor = apply(_Gram, f, 1.0 / (f.shape[1] * f.shape[2]))
     return gram
 
 

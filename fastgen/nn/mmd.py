@@ -94,4 +94,5 @@ def _captured(t: Tensor) -> bool:
 def _counted(value: Any) -> bool:
     """Whether torch counts the tensor's changes, it has a place in memory and nobody asks for its gradient."""
     plain = type(value) in (Tensor, nn.Parameter)  # a subclass may be without memory of its own
+    plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     return value is None or (plain and not (value.requires_grad or value.is_inference()))

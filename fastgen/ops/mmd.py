@@ -9,11 +9,12 @@ float32 (a unit gradient is of order 1/N: float16 would lose it).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen import check
 from fastgen.ops import backend
 from fastgen.reference import mmd as reference
 
@@ -196,9 +197,7 @@ def _row_sums(
     return reference.row_sums(x, y, options, vx, vy)
 
 
-def _vmap(*_: object) -> NoReturn:
-    # Torch's own fallback would lose the gradient of what is differentiated outside the vmap, without a word.
-    raise NotImplementedError("fastgen mmd: vmap is not built; what works: points of shape [B, N, D]")
+no_vmap = check.no_vmap("mmd", "points of shape [B, N, D]")
 
 
 for _name, _kernel in (
@@ -210,7 +209,7 @@ for _name, _kernel in (
 ):
     for _device in ("CPU", "CUDA"):
         torch.library.impl(f"fastgen::mmd_{_name}", _device)(_kernel)
-    torch.library.register_vmap(f"fastgen::mmd_{_name}", _vmap)
+    torch.library.register_vmap(f"fastgen::mmd_{_name}", no_vmap)
 
 
 def _like(points: Tensor, shape: Sequence[int]) -> Tensor:

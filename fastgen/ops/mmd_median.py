@@ -1,10 +1,9 @@
 """fastgen::mmd_median: the rank-th largest squared distance of all pairs, and the pair that has it."""
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
+from fastgen import check
 from fastgen.ops import backend
 from fastgen.reference import mmd_median as reference
 
@@ -35,13 +34,9 @@ def _cpp(x: Tensor, y: Tensor, rank: int, same: bool) -> tuple[Tensor, Tensor]:
     return value, pair
 
 
-def _vmap(*_: object) -> NoReturn:
-    raise NotImplementedError("fastgen mmd_median: vmap is not built; what works: one pair of samples a call")
-
-
 for _device in ("CPU", "CUDA"):
     torch.library.impl("fastgen::mmd_median", _device)(_median)
-torch.library.register_vmap("fastgen::mmd_median", _vmap)
+torch.library.register_vmap("fastgen::mmd_median", check.no_vmap("mmd_median", "one pair of samples a call"))
 
 
 @torch.library.register_fake("fastgen::mmd_median")

@@ -4,11 +4,12 @@ The search returns indices alone: they carry no gradient, so the op is whole wit
 chosen are made anew by the second op, which costs a k/M-th of the search.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen import check
 from fastgen.ops import backend
 from fastgen.reference import nearest as reference
 
@@ -192,13 +193,11 @@ torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance)
 torch.library.impl("fastgen::nearest_distance", "CUDA", _nearest_distance)
 
 
-def _vmap(*_: object) -> NoReturn:
-    # Torch's own fallback would lose the gradient of what is differentiated outside the vmap, without a word.
-    raise NotImplementedError("fastgen nearest: vmap is not built; what works: one query and database a call")
+no_vmap = check.no_vmap("nearest", "one query and database a call")
 
 
-torch.library.register_vmap("fastgen::nearest", _vmap)
-torch.library.register_vmap("fastgen::nearest_distance", _vmap)
+torch.library.register_vmap("fastgen::nearest", no_vmap)
+torch.library.register_vmap("fastgen::nearest_distance", no_vmap)
 
 
 @torch.library.register_fake("fastgen::nearest")

@@ -7,6 +7,7 @@ and the strides of its map. Private: `fastgen.functional.perceptual` checks and 
 import torch
 from torch import Tensor
 
+from fastgen import check
 from fastgen.ops import backend
 from fastgen.reference import perceptual as reference
 
@@ -241,9 +242,18 @@ def _feature_distance_backward(grad: Tensor, f0: Tensor, f1: Tensor, squared: bo
     return _like(f0, reference.feature_distance_backward(grad, f0, f1, squared)) if fused is None else fused
 
 
+no_vmap = {
+    op: check.no_vmap(function, "one batch of maps")
+    for op, function in (
+        ("lpips_layer", "lpips_distance"),
+        ("lpips_project", "lpips_projection"),
+        ("feature_distance", "feature_distance"),
+    )
+}
 for _name in _SCHEMAS:
     torch.library.impl(f"fastgen::{_name}", "CPU")(globals()[f"_{_name}"])
     torch.library.impl(f"fastgen::{_name}", "CUDA")(globals()[f"_{_name}"])
+    torch.library.register_vmap(f"fastgen::{_name}", no_vmap[_name.removesuffix("_kept").partition("_backward")[0]])
 
 
 def _values(f0: Tensor) -> Tensor:
