@@ -27,7 +27,7 @@ from fastgen.functional.mmd_weights import (
     taken_out,
     weighted,
 )
-from fastgen.functional.transforms import apply, batched, wanted
+from fastgen.functional.transforms import Function, apply, batched, wanted
 from fastgen.ops import mmd as ops
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
 Options = tuple[Any, ...]
 
 
-class _Function(torch.autograd.Function):
+class _Function(Function):
     vmap = staticmethod(ops.no_vmap)
 
 
@@ -54,8 +54,9 @@ class _MMD(_Function):
     """The gradient is made with the value, since the upstream gradient is one number for each MMD."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: ops.Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, options: Options, call: ops.Call | None) -> Tensor:
         for_x, for_y, _, _ = ctx.needs_input_grad
+        call = call or ops.call
         ctx.options = options
         value: Tensor
         gx = gy = None
@@ -283,7 +284,7 @@ def evaluate(x: Tensor, y: Tensor, options: Options, call: ops.Call = ops.call) 
     """MMD² of checked arguments, with a gradient where one is asked for."""
     result: Tensor
     if call is ops.call:
-        result = apply(_MMD, x, y, options, call) if any(wanted(x, y)) else call(0, x, y, options)[0]
+        result = apply(_MMD, x, y, options, None) if any(wanted(x, y)) else call(0, x, y, options)[0]
     elif torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         result = _apply_directly(x, y, options, call)
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.transforms import apply, wanted
+from fastgen.functional.transforms import Function, apply, wanted
 from fastgen.ops import backend
 from fastgen.ops import nearest as ops  # registers them
 
@@ -113,7 +113,7 @@ def distances(query: Tensor, database: Tensor) -> Tensor:
     return out
 
 
-class _Distance(torch.autograd.Function):
+class _Distance(Function):
     """‖q − b‖² of the chosen pairs, as found. The backward is plain torch, so autograd differentiates it again."""
 
     vmap = staticmethod(ops.no_vmap)

@@ -1,14 +1,14 @@
 """Distances between feature maps: LPIPS's normalised and weighted one, plain L1 and L2, GLO's Laplacian pyramid."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as tf
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.transforms import apply, twice, wanted
+from fastgen.functional.transforms import Function, apply, twice, wanted
 from fastgen.ops import perceptual as ops
 from fastgen.reference import perceptual as reference
 
@@ -21,7 +21,7 @@ def epsilon(eps_mode: str) -> tuple[float, bool]:
     return (1e-10, False) if eps_mode == "lpips" else (1e-8, True)
 
 
-class _LpipsLayer(torch.autograd.Function):
+class _LpipsLayer(Function):
     vmap = staticmethod(ops.no_vmap["lpips_layer"])
 
     @staticmethod
@@ -73,7 +73,7 @@ class _LpipsLayer(torch.autograd.Function):
         return grad0, grad1, grad_weight, None, None
 
 
-class _LpipsProject(torch.autograd.Function):
+class _LpipsProject(Function):
     vmap = staticmethod(ops.no_vmap["lpips_project"])
 
     @staticmethod
@@ -89,6 +89,8 @@ class _LpipsProject(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         f, weight = ctx.saved_tensors
         dim, seed, layer, eps, inside = ctx.options
+        if ctx.needs_input_grad[1]:  # within transforms in torch.compile this is not known before
+            _constant_weight(layer)
 
         def meaning(grad: Tensor, f: Tensor, weight: Tensor) -> Tensor:
             bucket, sign = ops.lpips_project_buckets(f.detach(), dim, seed, layer)
@@ -101,7 +103,11 @@ class _LpipsProject(torch.autograd.Function):
         return twice(kernel, meaning, grad, f, weight), None, None, None, None, None, None
 
 
-class _FeatureDistance(torch.autograd.Function):
+def _constant_weight(layer: int) -> NoReturn:
+    check.not_built(f"weights[{layer}].requires_grad", True, "weights that require no gradient")
+
+
+class _FeatureDistance(Function):
     vmap = staticmethod(ops.no_vmap["feature_distance"])
 
     @staticmethod
@@ -188,8 +194,10 @@ def lpips_distance(
     """
     check.choice("eps_mode", eps_mode, EPS_MODES)
     pairs = _pairs(features0, features1, (4,))
+    heads = _layer_weights(weights, [f0 for f0, _ in pairs])
+    check.no_tangent("lpips_distance", *features0, *features1, *heads)
     total: Tensor | None = None
-    for (f0, f1), weight in zip(pairs, _layer_weights(weights, [f0 for f0, _ in pairs]), strict=True):
+    for (f0, f1), weight in zip(pairs, heads, strict=True):
         value = apply(_LpipsLayer, f0, f1, weight, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
@@ -228,11 +236,12 @@ def lpips_projection(
     check.integer("dim", dim, least=64, most=2**31 - 1)
     check.integer("seed", seed, least=0, most=2**64 - 1)
     maps = [pair[0] for pair in _pairs(features, features, (4,))]
+    check.no_tangent("lpips_projection", *maps)
     total: Tensor | None = None
     for i, (f, weight) in enumerate(zip(maps, _layer_weights(weights, maps), strict=True)):
-        if wanted(weight)[0]:
-            check.not_built(f"weights[{i}].requires_grad", True, "weights that require no gradient")
         signed = seed - 2**64 if seed >= 2**63 else seed
+        if wanted(weight, unknown=False)[0]:
+            _constant_weight(i)
         value = apply(_LpipsProject, f, weight, dim, signed, i, *epsilon(eps_mode))
         total = value if total is None else total + value
     assert total is not None
@@ -265,6 +274,7 @@ def feature_distance(
     """
     check.choice("distance", distance, DISTANCES)
     pairs = _pairs(features0, features1, (2, 3, 4, 5))
+    check.no_tangent("feature_distance", *features0, *features1)
     scales = [1.0] * len(pairs) if layer_weight is None else layer_numbers(layer_weight, len(pairs))
     total: Tensor | None = None
     for (f0, f1), scale in zip(pairs, scales, strict=True):
@@ -283,7 +293,7 @@ def layer_numbers(layer_weight: Any, layers: int) -> list[float]:
     return [check.number(f"layer_weight[{i}]", weight) for i, weight in enumerate(layer_weight)]
 
 
-class _Gram(torch.autograd.Function):
+class _Gram(Function):
     """α f fᵀ of f [N, C, P]. Its gradient is one product, where autograd would take two for the two factors."""
 
     vmap = staticmethod(check.no_vmap("gram_matrix", "features [N, C, H, W]"))
@@ -319,6 +329,7 @@ def gram_matrix(features: Tensor) -> Tensor:
     check.tensor("features", features, ndim=(4,))
     if 0 in features.shape[1:]:
         raise ValueError(f"features: expected at least one element a sample, got shape {list(features.shape)}")
+    check.no_tangent("gram_matrix", features)
     with torch.autocast(features.device.type, enabled=False):
         f = features.to(reference.wide(features.dtype)).flatten(2)
         gram: Tensor = apply(_Gram, f, 1.0 / (f.shape[1] * f.shape[2]))

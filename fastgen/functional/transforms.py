@@ -2,40 +2,66 @@
 
 Torch refuses a Function whose `forward` fills its own context. One with `setup_context` it takes, but binds the
 arguments of every call to its signature, which takes longer than some of our kernels: so a single one stands for all.
+
+Torch.compile, within a transform, goes through a Function in such a way that the gradient it makes is a constant to
+whatever differentiates that again, without a word: there it is kept from looking inside (transforms_compiled).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+known: list[type["Function"]] = []
 
-def wanted(*values: Any) -> tuple[bool, ...]:
-    """Which of them are tensors whose gradient is asked for."""
-    compiling = torch.compiler.is_compiling()
-    if compiling or not torch._C._are_functorch_transforms_active():
+
+def _no_tangent(ctx: Any, *tangents: Any) -> NoReturn:
+    """The rule for forward mode where check.no_tangent has not seen it before, as in a gradient: torch's hessian."""
+    raise NotImplementedError(
+        "fastgen: forward-mode AD (torch.func.jvp, jacfwd, hessian) is not built; what works: reverse mode, twice"
+    )
+
+
+class Function(torch.autograd.Function):
+    """What `apply` takes. Dynamo takes none with a rule of its own for forward mode."""
+
+    place: Callable[[], int]
+
+    def __init_subclass__(cls) -> None:
+        place = len(known)
+        known.append(cls)
+        cls.place = staticmethod(lambda: place)  # all that dynamo can be told of a Function
+
+
+def wanted(*values: Any, unknown: bool = True) -> tuple[bool, ...]:
+    """Which of them are tensors whose gradient is asked for; within transforms dynamo cannot tell: `unknown` then."""
+    if not torch._C._are_functorch_transforms_active():
         if not torch.is_grad_enabled():
             return (False,) * len(values)
-        return tuple([isinstance(v, Tensor) and v.requires_grad for v in (_renewed(values) if compiling else values)])
+        return tuple([isinstance(v, Tensor) and v.requires_grad for v in values])
+    if torch.compiler.is_dynamo_compiling():
+        return tuple([unknown and isinstance(v, Tensor) for v in values])
     # Each transform has flags and a grad mode of its own, of which a tensor shows those of the innermost.
     return tuple([any(t.requires_grad for t in _layers(v)) for v in values])
 
 
 def batched(*values: Any) -> bool:
     """Whether a torch.vmap that is under way goes over one of them."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     return any(torch._C._functorch.is_batchedtensor(t) for v in values for t in _layers(v))
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[Function], *args: Any) -> Any:
     """function.apply(*args), within transforms of torch.func too."""
-    if torch.compiler.is_compiling():
-        return function.apply(*_renewed(args))
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if torch.compiler.is_dynamo_compiling():
+        from fastgen.functional import transforms_compiled  # loads dynamo
+
+        return transforms_compiled.apply(function.place(), *_filled(args))
     *returned, note = _Transformed.apply(*args, function, wanted(*args))
     return tuple(returned[: note.outputs]) if note.several else returned[0]
 
@@ -50,9 +76,9 @@ def twice(kernel: Callable[..., Any], meaning: Callable[..., Any], *tensors: Ten
     return meaning(*tensors)
 
 
-def _renewed(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Dynamo takes the argument of a function under torch.func.grad for a constant, but not what an op makes of it."""
-    return tuple([v.view_as(v) if isinstance(v, Tensor) and not v.requires_grad else v for v in values])
+def _filled(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Dynamo would not hand on a None: an empty tuple stands for it."""
+    return tuple([() if v is None else _filled(v) if isinstance(v, tuple) else v for v in values])
 
 
 def _layers(value: Any) -> Iterator[Tensor]:
@@ -86,6 +112,8 @@ class _Transformed(torch.autograd.Function):
     """The Function that comes after its own arguments, followed by which of them want a gradient. What it saves beside
     inputs and outputs is returned after them, as constants, for every transform to have it at its own level."""
 
+    jvp = staticmethod(_no_tangent)
+
     @staticmethod
     def forward(*given: Any) -> tuple[Any, ...]:
         *inputs, function, needed = given
@@ -108,7 +136,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *_, ctx.function, _ = inputs
+        ctx.of_upstream = inputs[-2].backward  # looked up here: dynamo, come upon `backward`, would not get through
         ctx.note = output[-1]
         for name, value in ctx.note.attributes.items():
             setattr(ctx, name, value)
@@ -118,7 +146,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = ctx.function.backward(ctx, *upstream[: ctx.note.outputs])
+        found = ctx.of_upstream(ctx, *upstream[: ctx.note.outputs])
         return *(found if isinstance(found, tuple) else (found,)), None, None
 
     @staticmethod
@@ -126,8 +154,10 @@ class _Transformed(torch.autograd.Function):
         return given[-2].vmap(info, in_dims, *given)
 
 
-class _Twice(torch.autograd.Function):
+class _Twice(Function):
     """The kernel's gradient, and its meaning not before that is differentiated."""
+
+    jvp = staticmethod(_no_tangent)
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:

@@ -367,16 +367,57 @@ def test_twice_is_the_kernel_once_and_its_meaning_from_there() -> None:
 
 
 @EACH
-def test_compiled(name: str) -> None:
-    """torch.func.grad inside torch.compile, as a whole graph."""
+@pytest.mark.parametrize("how", ["grad", "vjp", "twice"])
+def test_compiled(name: str, how: str) -> None:
+    """Transforms inside torch.compile, as a whole graph, and what autograd makes of their result outside of it: torch
+    itself loses the second derivatives of a Function there, without a word."""
+    case = CASES[name]
+    args = weights_positive(name, arguments(case.shapes[-1], torch.float64))
+    every, call = tuple(range(len(args))), scalar(case.ours)
+
+    def found(*a: Tensor) -> Arguments:
+        if how != "twice":
+            return by_func(how, call, a, every)
+        outer: Arguments = torch.func.grad(lambda *b: penalty(by_func("grad", call, b, every)), argnums=every)(
+            *(t.detach() for t in a)
+        )
+        return outer
+
+    torch._dynamo.reset()
+    results = []
+    for fn in (found, torch.compile(found, fullgraph=True, backend="aot_eager")):
+        leaves = [a.clone().requires_grad_() for a in args]
+        got = fn(*leaves)
+        seconds = torch.autograd.grad(penalty(got), leaves, materialize_grads=True) if how != "twice" else ()
+        results.append((*(g.detach() for g in got), *seconds))
+    for a, b in zip(*results, strict=True):
+        assert b.abs().max() > 0 or "l1" in name
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-11)
+
+
+def test_compiled_within_a_transform_the_projection_still_wants_constant_weights() -> None:
+    f, w = torch.randn(1, 3, 2, 2), torch.rand(3)
+
+    def of_weight(w: Tensor) -> Tensor:
+        return torch.func.grad(lambda w: F.lpips_projection([f], [w], dim=64).sum())(w)
+
+    for fn in (of_weight, torch.compile(of_weight, backend="aot_eager")):
+        with pytest.raises(Exception, match=r"weights\[0\].requires_grad=True is not built yet"):
+            fn(w)
+
+
+@EACH
+def test_forward_mode_is_refused_by_name(name: str) -> None:
     case = CASES[name]
     args = weights_positive(name, arguments(case.shapes[-1], torch.float32))
-    every, call = tuple(range(len(args))), scalar(case.ours)
-    torch._dynamo.reset()
-    compiled = torch.compile(torch.func.grad(call, argnums=every), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(*args), torch.func.grad(call, argnums=every)(*args), strict=True):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    call = scalar(case.ours)
+    what = name.partition("_l" if "feature" in name else "_x")[0]
+    family = {"wae_mmd": "mmd", "wae_mmd_rbf": "median_squared_distance", "mmd_weights": "mmd"}.get(what, what)
+    with pytest.raises(NotImplementedError, match=f"fastgen {family}: forward-mode AD is not built"):
+        torch.func.jvp(call, args, args)
+    for outer in (torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match=r"fastgen( \w+)?: forward-mode AD"):
+            outer(lambda *a: penalty((torch.func.grad(call)(*a),)))(*args)
 
 
 @pytest.mark.parametrize("name", ["lpips_distance", "lpips_projection", "feature_distance_l2"])
