@@ -1,6 +1,7 @@
 """Checks of what users hand in: each names the argument, what was expected and what came."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -80,9 +81,11 @@ def number(
     most: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """A finite float within the bounds, finite in `dtype` too; `above` is exclusive."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    """A finite float within the bounds, finite in `dtype` too, of numpy's numbers too; `above` is exclusive."""
+    if type(value) is not float and type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise TypeError(f"{name}: expected a number, got {describe(value)}")
+        value = operator.index(value) if isinstance(value, (int, np.integer)) else float(value)
     if dtype is not None and torch.finfo(dtype).max < abs(value) < float("inf"):
         got = f"{value!r}" if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
         raise ValueError(f"{name}: expected a number finite in {short(dtype)}, got {got}")
@@ -102,12 +105,22 @@ def number(
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    """An int within the bounds, of all that Python takes for an index (numpy's integers too) but a bool or a tensor."""
+    if type(value) is not int:
+        value = _index(name, value)
     if (least is not None and value < least) or (most is not None and value > most):
         bounds = [f">= {least}"] * (least is not None) + [f"<= {most}"] * (most is not None)
         raise ValueError(f"{name}: expected an integer {' and '.join(bounds)}, got {value}")
     return value
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, (bool, Tensor)):  # a tensor on a GPU would be waited for
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an integer, got {describe(value)}")
 
 
 def no_tangent(what: str, *values: Any) -> None:

@@ -48,8 +48,8 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
     check.tensor("real", real, ndim=(2,))
     check.tensor("fake", fake, ndim=(2,))
     check.same("fake", fake, "real", real)
-    check.integer("k", k, least=1)
-    check.integer("block", block, least=1)
+    k = check.integer("k", k, least=1)
+    block = check.integer("block", block, least=1)
     if fake.shape[1] != real.shape[1]:
         raise ValueError(f"fake: expected shape [M, {real.shape[1]}] to go with real, got {list(fake.shape)}")
     for name, points in (("real", real), ("fake", fake)):
@@ -102,7 +102,7 @@ def two_sample(real: Tensor, fake: Tensor, k: int = 1) -> TwoSample:
     check.tensor("real", real, ndim=(2,))
     check.tensor("fake", fake, ndim=(2,))
     check.same("fake", fake, "real", real)
-    check.integer("k", k, least=1)
+    k = check.integer("k", k, least=1)
     if k % 2 == 0:
         raise ValueError(f"k: expected an odd number, got {k}")
     if len(fake) != len(real) or len(real) <= k:

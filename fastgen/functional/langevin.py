@@ -269,7 +269,8 @@ def _checked_scales(
     h, step_sizes = _per_chain("step_size", step_size, x, compute, above=0.0)
     precision = 0.0
     if prior_scale is not None:
-        square = check.number("prior_scale", prior_scale, above=0.0, dtype=torch.float64) * prior_scale
+        prior_scale = check.number("prior_scale", prior_scale, above=0.0, dtype=torch.float64)
+        square = prior_scale * prior_scale
         precision = 1.0 / square if square else math.inf
         if not max(1.0, h) * precision <= torch.finfo(compute).max:
             raise ValueError(

@@ -69,7 +69,7 @@ def langevin_accept_(
     for name, value in given.items():
         if torch.is_grad_enabled() and value.requires_grad:
             raise RuntimeError(f"{name}: langevin_accept_ is not differentiable; detach it")
-    if isinstance(noise_scale, (int, float)):
+    if noise_scale is not None and not isinstance(noise_scale, Tensor):
         check.number("noise_scale", noise_scale, above=0.0, dtype=torch.float64)
     step_sizes, noise_scales, scalars, _ = _scales(x, None, step_size, noise_scale, prior_scale, grad_clip)
     key = _key(x, seed, step, chain_id)

@@ -12,9 +12,14 @@ from fastgen import check
 APART = 1e12  # beyond, the points of the one scale are all equal or all out of reach in another's float32
 
 
-def _scale(name: str, value: Any) -> None:
+def _scale(name: str, value: Any) -> float:
     # Products of three of them, and their inverses, are finite and above zero in float64.
-    check.number(name, value, above=0, least=1e-100, most=1e100)
+    return check.number(name, value, above=0, least=1e-100, most=1e100)
+
+
+def _set(kernel: Any, name: str, value: Any) -> None:
+    """Numbers are kept as Python's: products of numpy's would be rounded to their own type."""
+    object.__setattr__(kernel, name, value)
 
 
 def _positive(kernel: Any, name: str) -> None:
@@ -23,11 +28,10 @@ def _positive(kernel: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a tuple of numbers, got {check.describe(values)}")
     if not values:
         raise ValueError(f"{name}: expected at least one number, got none")
-    for v in values:
-        _scale(name, v)
+    values = tuple(_scale(name, v) for v in values)  # a list could be changed, and has no hash
     if max(values) > APART * min(values):
         raise ValueError(f"{name}: expected numbers within a factor of {APART:g}, got {min(values)} and {max(values)}")
-    object.__setattr__(kernel, name, tuple(values))  # a list could be changed, and has no hash
+    _set(kernel, name, values)
 
 
 def _bandwidths(given: tuple[float, ...] | None, d: int) -> Sequence[float]:
@@ -53,7 +57,7 @@ class IMQ:
     def __post_init__(self) -> None:
         _positive(self, "scales")
         if self.base is not None:
-            _scale("base", self.base)
+            _set(self, "base", _scale("base", self.base))
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         base = 2.0 * d if self.base is None else float(self.base)
@@ -138,7 +142,7 @@ class RationalQuadratic:
         _positive(self, "alphas")
         for alpha in self.alphas:
             check.number("alphas", alpha, above=0, least=1 / APART, most=APART)
-        _scale("lengthscale", self.lengthscale)
+        _set(self, "lengthscale", _scale("lengthscale", self.lengthscale))
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         return "rational_quadratic", [float(self.lengthscale), *map(float, self.alphas)]
@@ -161,10 +165,10 @@ class Polynomial:
     coef: float = 1.0
 
     def __post_init__(self) -> None:
-        check.integer("degree", self.degree, least=1)
+        _set(self, "degree", check.integer("degree", self.degree, least=1))
         if self.gamma is not None:
-            _scale("gamma", self.gamma)
-        check.number("coef", self.coef, least=0)
+            _set(self, "gamma", _scale("gamma", self.gamma))
+        _set(self, "coef", check.number("coef", self.coef, least=0))
 
     def _op(self, d: int) -> tuple[str, list[float]]:
         return "polynomial", [float(self.degree), 1.0 / d if self.gamma is None else float(self.gamma), self.coef]

@@ -71,7 +71,7 @@ def median_squared_distance(
     if rank is None:
         rank = max(1, pairs // 2)
     elif not isinstance(rank, torch.SymInt):
-        check.integer("rank", rank, least=1, most=pairs)
+        rank = check.integer("rank", rank, least=1, most=pairs)
     dtype = accumulator(x.dtype)
     a, b = x.to(dtype), other.to(dtype)
     value, pair = ops.median(a.detach(), b.detach(), rank, y is None)

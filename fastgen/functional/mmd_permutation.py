@@ -65,8 +65,8 @@ def mmd_permutation_test(
     check.tensor("y", y, ndim=(2,))
     check.same("y", y, "x", x)
     check.choice("estimator", estimator, ("unbiased", "biased"))
-    check.integer("n_permutations", n_permutations, least=1)
-    check.integer("seed", seed, least=0, most=2**63 - 1)
+    n_permutations = check.integer("n_permutations", n_permutations, least=1)
+    seed = check.integer("seed", seed, least=0, most=2**63 - 1)
     if x.shape[1] != y.shape[1] or x.shape[1] < 1:
         raise ValueError(f"y: expected shape [M, {max(1, x.shape[1])}] to go with x, got {list(y.shape)}")
     least = 1 if estimator == "biased" else 2

@@ -67,7 +67,7 @@ def wae_mmd(
     if sample_qz.shape != sample_pz.shape:
         raise ValueError(f"sample_pz: expected sample_qz's shape {list(sample_qz.shape)}, got {list(sample_pz.shape)}")
     check.choice("prior", prior, PRIORS)
-    check.number("prior_scale", prior_scale, above=0, least=1e-40, most=1e40)
+    prior_scale = check.number("prior_scale", prior_scale, above=0, least=1e-40, most=1e40)
     check.choice("kernel", kernel, ("imq", "rbf"))
     check.choice("convention", convention, CONVENTIONS)
     n, d = sample_qz.shape

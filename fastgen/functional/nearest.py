@@ -69,7 +69,7 @@ def nearest(
     check.tensor("database", database, ndim=(2,))
     check.same("database", database, "query", query)
     check.no_tangent("nearest", query, database)
-    check.integer("k", k, least=1)
+    k = check.integer("k", k, least=1)
     check.choice("precision", precision, ("certified", "ieee"))
     if exclude_radius is not None:
         exclude_radius = check.number("exclude_radius", exclude_radius, above=0)

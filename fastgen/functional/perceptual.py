@@ -233,8 +233,8 @@ def lpips_projection(
         any buckets that no two coordinates share with a probability above 1 / dim: those of one run share none.
     """
     check.choice("eps_mode", eps_mode, EPS_MODES)
-    check.integer("dim", dim, least=64, most=2**31 - 1)
-    check.integer("seed", seed, least=0, most=2**64 - 1)
+    dim = check.integer("dim", dim, least=64, most=2**31 - 1)
+    seed = check.integer("seed", seed, least=0, most=2**64 - 1)
     maps = [pair[0] for pair in _pairs(features, features, (4,))]
     check.no_tangent("lpips_projection", *maps)
     total: Tensor | None = None
@@ -381,7 +381,7 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3, kernel: str
     check.same("y", y, "x", x)
     if y.shape != x.shape:
         raise ValueError(f"y: expected the shape of x, {list(x.shape)}, got {list(y.shape)}")
-    check.integer("levels", levels, least=1, most=62)  # 2**levels is in the message below
+    levels = check.integer("levels", levels, least=1, most=62)  # 2**levels is in the message below
     if min(x.shape[2:]) < 2**levels or x.shape[1] == 0:
         raise ValueError(f"x: expected sides of at least 2**levels = {2**levels}, got shape {list(x.shape)}")
     channels, dtype = x.shape[1], reference.wide(x.dtype)

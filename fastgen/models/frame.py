@@ -112,7 +112,7 @@ class _Frame(Model):
         """
         assert self.learner is not None, "fit or load first"
         learner, steps = self.learner, self.arguments["sample_steps"]
-        check.integer("n", n, least=1)
+        n = check.integer("n", n, least=1)
         parts, shape = [], tuple(learner.chains.shape[1:])
         for i, size in enumerate([256] * (n // 256) + [n % 256] * (n % 256 > 0)):
             if self.arguments["sample_from"] == "chains":
@@ -397,7 +397,7 @@ class WFRAME(_Frame):
         given = arguments_of(locals())
         check.choice("base", base, ("deep-frame", "generative-convnet"))
         known = inspect.signature((DeepFRAME if base == "deep-frame" else GenerativeConvNet).__init__).parameters
-        arguments: dict[str, Any] = {"base": base, "beta": beta, "penalty": penalty}
+        arguments: dict[str, Any] = {key: given[key] for key in ("base", "beta", "penalty")}
         for key, value in given.items():
             if key in arguments:
                 continue

@@ -10,7 +10,7 @@ from fastgen import check, data
 from fastgen.functional import mmd
 from fastgen.models.frame import WFRAME, energy_curves
 from fastgen.models.frame_learner import Diverged
-from fastgen.models.run import write_json
+from fastgen.models.run import arguments_of, write_json
 
 
 class CompareFRAME:
@@ -47,20 +47,20 @@ class CompareFRAME:
         epochs: int = 8,
         options: dict[str, Any] | None = None,
     ) -> None:
-        check.integer("seeds", seeds, least=1)
-        check.number("beta", beta, above=0)
-        check.number("bound", bound, above=0)
-        self.beta, self.seeds, self.bound = float(beta), seeds, float(bound)
+        self.seeds = check.integer("seeds", seeds, least=1)
+        self.beta = check.number("beta", beta, above=0)
+        self.bound = check.number("bound", bound, above=0)
         schedule = {"lr": lr, "lr_final": 1.0, "optimizer": optimizer, "epochs": epochs}
         defaults = {"width": 8, "chains": 32} if base == "generative-convnet" else {}
-        self.settings: dict[str, Any] = {"base": base, "penalty": penalty, **schedule, **defaults, **(options or {})}
+        own = {"base": base, "penalty": penalty}
+        self.settings: dict[str, Any] = arguments_of({**own, **schedule, **defaults, **(options or {})})
         for key in ("beta", "seed"):
             if options and key in options:
                 raise ValueError(f"options: {key} is an option of its own here")
         try:
             self._models = [
                 (name, seed, WFRAME(**{**self.settings, "beta": b, "seed": seed}))
-                for seed in range(seeds)
+                for seed in range(self.seeds)
                 for name, b in (("FRAME", 0.0), ("wFRAME", self.beta))
             ]
         except TypeError as error:

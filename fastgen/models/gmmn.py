@@ -151,7 +151,7 @@ class GMMN(Model):
         check.number("lr", lr, above=0)
         check.number("code_lr", code_lr, above=0)
         check.number("drop", drop, least=0, most=0.9)
-        check.integer("seed", seed, least=0, most=2**31)
+        seed = check.integer("seed", seed, least=0, most=2**31)
         self.keys = 2 * seed, 2 * seed + 1  # of the two stages' first weights and batches: no other seed has them
         self.code: CodeTraining | None = None
         self.body: nn.Module | None = None

@@ -363,7 +363,7 @@ class RSIMLE(IMLE):
 
     def __init__(self, radius: float = 3.0, **more: Any) -> None:
         super().__init__(**more)
-        check.number("radius", radius, least=0)
+        radius = check.number("radius", radius, least=0)
         if self.arguments["condition"] not in ("none", "label"):
             raise ValueError(f"condition: rejection works with 'none' and 'label', got {self.arguments['condition']!r}")
         self.arguments["radius"] = radius

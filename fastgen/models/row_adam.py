@@ -38,12 +38,11 @@ class RowAdam(torch.optim.Optimizer):
         *,
         project: str | None = "sphere",
     ) -> None:
-        check.number("lr", lr, least=0)
-        for beta in betas:
-            check.number("betas", beta, least=0)
-            if beta >= 1:
-                raise ValueError(f"betas: expected numbers below 1, got {betas}")
-        check.number("eps", eps, above=0)
+        lr = check.number("lr", lr, least=0)
+        betas = check.number("betas", betas[0], least=0), check.number("betas", betas[1], least=0)
+        if max(betas) >= 1:
+            raise ValueError(f"betas: expected numbers below 1, got {betas}")
+        eps = check.number("eps", eps, above=0)
         if project is not None:
             check.choice("project", project, ("sphere", "ball"))
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "project": project})

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -443,14 +444,23 @@ class EpochLoss(LightningModule):
 
 
 def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
-    """What a model was made with, for run.json: `arguments_of(locals())` as the first statement of its __init__."""
-    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+    """What a model was made with, for run.json: `arguments_of(locals())` as the first statement of its __init__.
+    Numpy's numbers become Python's."""
+    return {name: _python(value) for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def _python(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_python, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run takes up of the Trainer's options: the plain ones, but for display and how it was started."""
     start = ("devices", "num_nodes", "use_distributed_sampler")  # by `processes.joined`
-    plain = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str)) and k not in start}
+    plain = {
+        k: v for k, v in arguments_of(options).items() if isinstance(v, (bool, int, float, str)) and k not in start
+    }
     return {k: v for k, v in plain.items() if not k.startswith("enable")}
 
 

@@ -234,13 +234,12 @@ class LangevinSampler(nn.Module):
                     raise ValueError(f"{name}: expected one number for each of {self.n_steps} steps, got {len(value)}")
                 rows = list(value)
             else:
-                columns.append([value] * max(self.n_steps, 1))
-                _scale(name, value, self.method, dtype)
+                columns.append([_scale(name, value, self.method, dtype)] * max(self.n_steps, 1))
                 continue
             for k, row in enumerate(rows):
                 if isinstance(row, Tensor):
                     raise TypeError(f"{name}[{k}]: expected a number, got {check.describe(row)}")
-                _scale(f"{name}[{k}]", row, self.method, dtype)
+                rows[k] = _scale(f"{name}[{k}]", row, self.method, dtype)
             columns.append(rows)
         return list(zip(*columns, strict=False))
 
@@ -281,19 +280,21 @@ def _columns(schedule: list[tuple[Any, Any]]) -> list[Any]:
     return [c if not isinstance(c[0], Tensor) and len(set(c)) > 1 else c[0] for c in columns]
 
 
-def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> None:
-    """Numbers are checked when the sampler is made; a tensor of them when it lies on the CPU, without a wait."""
+def _scale(name: str, value: Any, method: str, dtype: torch.dtype) -> Any:
+    """`value` as `_schedule` has it. Numbers are checked when the sampler is made; a tensor of them when it lies on the
+    CPU, without a wait."""
     if value is None and name == "noise_scale":
-        return
+        return None
     positive = name.startswith("step_size") or method == "mala"
     if not isinstance(value, Tensor):
-        check.number(name, value, above=0.0 if positive else None, least=None if positive else 0.0, dtype=dtype)
-    elif value.device.type == "cpu":
+        return check.number(name, value, above=0.0 if positive else None, least=None if positive else 0.0, dtype=dtype)
+    if value.device.type == "cpu":
         good = value.isfinite() & ((value > 0) if positive else (value >= 0))
         if not bool(good.all()):
             chain = int((~good).flatten().nonzero()[0, 0])
             got = f"{float(value.flatten()[chain])}" + (f" for chain {chain}" if value.ndim else "")
             raise ValueError(f"{name}: expected finite numbers {'> 0' if positive else '>= 0'}, got {got}")
+    return value
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class ReplayBuffer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.capacity = check.integer("capacity", capacity, least=1)
+        self.capacity = capacity = check.integer("capacity", capacity, least=1)
         for name, given, meant in (("shape", shape, "sizes"), ("value_range", value_range, "(low, high)")):
             if not isinstance(given, (tuple, list)):
                 raise TypeError(f"{name}: expected a tuple of {meant}, got {check.describe(given)}")

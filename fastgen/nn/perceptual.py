@@ -213,7 +213,7 @@ class PerceptualLoss(Recorded):
         images_of("y", y)
         if chunk is None:
             return kept(self, lambda: self.features(y))
-        check.integer("chunk", chunk, least=1)
+        chunk = check.integer("chunk", chunk, least=1)
         return kept(self, lambda: Features.cat([self.features(part) for part in y.split(chunk)]))
 
     def forward(self, x: Tensor, target: Tensor | Features | None = None) -> Tensor:

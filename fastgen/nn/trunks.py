@@ -121,7 +121,7 @@ def least_sides(features: Iterable[nn.Module]) -> list[int]:
         if not isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
             return side
         sizes = (module.kernel_size, module.stride, module.padding)
-        kernel, stride, padding = (int(v) if isinstance(v, int) else int(v[0]) for v in sizes)
+        kernel, stride, padding = (int(v[0] if isinstance(v, tuple) else v) for v in sizes)
         more = stride - 1 if isinstance(module, nn.MaxPool2d) and module.ceil_mode else 0
         return (side + 2 * padding - kernel + more) // stride + 1
 

@@ -121,7 +121,7 @@ class FaissIndex:
 
     def search(self, query: Tensor | np.ndarray, k: int = 1) -> Nearest:
         """Nearest(distance [N, k] float32, index [N, k] int64) of query [N, D], on its device (an array's: CPU)."""
-        check.integer("k", k, least=1)
+        k = check.integer("k", k, least=1)
         if k > len(self):
             raise ValueError(f"k: expected at most the {len(self)} rows of the index, got {k}")
         if k > _GPU_MOST and self._home.type == "cuda":

@@ -51,14 +51,14 @@ def perceptual_nearest(
     Source: Zhang et al. 2018, eq. 1, as a norm; Hoshen, Li & Malik 2019 call the same search by pairs infeasible.
     """
     check.tensor("images", images, ndim=(4,))
-    check.integer("k", k, least=1)
-    check.integer("chunk", chunk, least=1)
+    k = check.integer("k", k, least=1)
+    chunk = check.integer("chunk", chunk, least=1)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got none")
     if sketch is not None:
         if not isinstance(generated, Tensor):
             raise TypeError(f"generated: expected a tensor with a sketch, got {type(generated).__name__}")
-        check.integer("candidates", candidates, least=k)
+        candidates = check.integer("candidates", candidates, least=k)
         return _by_sketch(images, check.tensor("generated", generated, ndim=(4,)), embed, k, chunk, sketch, candidates)
     query = _embedded("embed", embed, images, chunk)
     best: Nearest | None = None

@@ -63,7 +63,7 @@ def _nearest(ring: "_Ring", query_shard: Tensor, database_shard: Tensor, k: int,
         check.tensor("query_shard", query_shard, ndim=(2,))
         check.tensor("database_shard", database_shard, ndim=(2,))
         check.same("database_shard", database_shard, "query_shard", query_shard)
-        check.integer("k", k, least=1)
+        k = check.integer("k", k, least=1)
         width, dtype = query_shard.shape[1], check.short(query_shard.dtype)
         if database_shard.shape[1] != width or width == 0:
             raise ValueError(

@@ -1,5 +1,8 @@
 """Checks name the argument, what was expected and what came."""
 
+import enum
+
+import numpy as np
 import pytest
 import torch
 
@@ -36,13 +39,48 @@ def test_number_out_of_range(bad: float) -> None:
 def test_number_and_integer() -> None:
     assert check.number("s", 1) == 1.0
     assert check.integer("k", 3, least=1) == 3
-    for bad in (True, "1", None):
+    for bad in (True, "1", None, torch.tensor(1), np.bool_(True), np.array([1]), 1j):
         with pytest.raises(TypeError, match="s: expected a number"):
             check.number("s", bad)
         with pytest.raises(TypeError, match="k: expected an integer"):
             check.integer("k", bad)
     with pytest.raises(ValueError, match="k: expected an integer >= 1 and <= 4, got 5"):
         check.integer("k", 5, least=1, most=4)
+
+
+class Third(enum.IntEnum):
+    THREE = 3
+
+
+class Index:
+    def __index__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("value", [np.int8(3), np.uint64(3), np.array(3), Third.THREE, Index()], ids=repr)
+def test_whatever_is_an_index(value: object) -> None:
+    found = check.integer("k", value, least=3, most=3)
+    assert (found, type(found)) == (3, int)
+    with pytest.raises(ValueError, match=r"k: expected an integer >= 4, got 3$"):
+        check.integer("k", value, least=4)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int8, np.uint64])
+def test_numbers_of_numpy(dtype: type[np.number]) -> None:
+    found = check.number("s", dtype(3.25), above=3 - 1e-12, dtype=torch.float64)
+    assert (found, type(found)) == (float(dtype(3.25)), float)
+    with pytest.raises(ValueError, match=r"s: expected a finite number <= 2\.9, got 3(\.25)?$"):
+        check.number("s", dtype(3.25), most=2.9)
+
+
+def test_numbers_of_numpy_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="s: expected a finite number, got nan"):
+        check.number("s", np.float32("nan"))
+    with pytest.raises(ValueError, match=r"s: expected a number finite in float16, got 70000\.0"):
+        check.number("s", np.float32(70000), dtype=torch.float16)
+    for bad in (3.0, np.float64(3)):
+        with pytest.raises(TypeError, match="k: expected an integer, got float"):
+            check.integer("k", bad)
 
 
 def test_choice_and_not_built() -> None:
