@@ -51,7 +51,8 @@ def langevin_step_(
         seed: 0 <= seed < 2⁶⁴, or a 0-d int64 tensor on x's device, whose 64 bits are the seed.
         step: 0 <= step < 2²⁸, which step's noise; or a 0-d int64 tensor on x's device (taken modulo 2²⁸), which a CUDA
             graph can advance.
-        chain_id: [C] int64, the global number of each chain, >= 0; None is 0, 1, ..., C − 1.
+        chain_id: [C] int64, the global number of each chain, whose 64 bits count (−1 is chain 2⁶⁴ − 1); None is 0, 1,
+            ..., C − 1.
         lookahead: (β, out) also writes x − β·(clip(∇U) + x/σ²) of the x before the step into `out`, like x: the
             negatives of a derived wFRAME gradient. x, out and stats each have memory of their own.
         stats: [C, 3] float32 or float64, overwritten in the same pass with, for each chain, ‖∇U‖₂ of the grad as given

@@ -3,11 +3,13 @@
 **Stream v1** gives element i of a chain at a step one standard normal, a function of (seed, step, chain id, i) alone:
 
     key      = (seed mod 2³², seed div 2³²)                                                     0 <= seed < 2⁶⁴
-    counter  = (i div 4, purpose·2²⁸ + step, chain id mod 2³², chain id div 2³²)    i < 2³⁴, step < 2²⁸, chain id < 2⁶³
+    counter  = (i div 4, purpose·2²⁸ + step, chain id mod 2³², chain id div 2³²)    i < 2³⁴, step < 2²⁸, chain id < 2⁶⁴
     w0..w3   = Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), Random123's order
     normal(i) = n[i mod 4],   n0, n1 = pair(w0, w1),   n2, n3 = pair(w2, w3)
 
-i counts a chain's elements in row-major order whatever the strides. The purpose, the top 4 bits of the second counter
+i counts a chain's elements in row-major order whatever the strides. Ids are given as int64, whose 64 bits are the id
+(−1 is chain 2⁶⁴ − 1), and so is a seed that is a tensor: any of them is one chain, and none need be refused, for which
+a GPU would be waited for. The purpose, the top 4 bits of the second counter
 word, is 0 for this noise, 1 for the draw that accepts a MALA step, 2 for a replay buffer's decisions, 3 for its fresh
 values; 4 to 15 are kept. pair(a, b) is Box–Muller on float32:
 

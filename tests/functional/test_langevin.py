@@ -198,6 +198,18 @@ def test_noise_knows_neither_order_nor_split_of_chains() -> None:
     assert torch.equal(F.langevin_noise((40, 5), seed=1), whole[:, :5])
 
 
+@pytest.mark.parametrize("kernel", ["cpp", "triton", "reference"])
+def test_negative_chain_ids_are_their_64_bits(oracle: ModuleType, kernel: str) -> None:
+    ids = torch.tensor([-1, -(2**63), -(2**32), -5])
+    noise = F.langevin_noise((4, 9), seed=1, step=3, chain_id=ids)
+    assert np.abs(noise.double().numpy() - oracle.normals(9, [int(i) % 2**64 for i in ids], 1, 3)).max() < 3e-6
+    x, grad = draw(4, 9)
+    expected = x - grad * 0.25 + noise
+    with backend.force(kernel):
+        F.langevin_step_(x, grad, step_size=0.25, noise_scale=1.0, seed=1, step=3, chain_id=ids)
+    assert torch.equal(x, expected)
+
+
 def test_seed_and_step_as_tensors() -> None:
     for seed in (0, 5, 2**63, 2**64 - 1):
         as_tensor = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
