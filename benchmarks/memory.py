@@ -45,13 +45,13 @@ def probe(work: Work, provider: str) -> int:
 def probe_both(work: Work, provider: str) -> dict[str, float]:
     inputs = work.inputs(torch.device("cpu"))
     run = work.provider(provider).setup(inputs)
-    peak, left, seconds = _peak(run)
+    peak, left, seconds = peak_of(run)
     if left > TRACE * peak:
-        peak, _, seconds = _peak(run)
+        peak, _, seconds = peak_of(run)
     return {"bytes": peak, "inputs": size_of(inputs), "seconds": seconds}
 
 
-def _peak(run: Run) -> tuple[int, int, float]:
+def peak_of(run: Run) -> tuple[int, int, float]:
     """Bytes above what there is at the peak of a call, and after it; what the call took."""
     _give_back()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as reset:
