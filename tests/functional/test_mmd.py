@@ -41,6 +41,24 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
     assert error <= tolerance * want.norm(), f"relative error {float(error / want.norm()):.2e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_learnt_bandwidth_divides_the_points(dtype: torch.dtype, oracle: ModuleType) -> None:
+    """As the README has it: the value, and its gradient in b, are those of a kernel of bandwidth b."""
+    x, y = points(31, 18, 3, dtype)
+    b = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+    value = F.mmd(x / b, y / b, kernel=F.RBF((1.0,)))
+    value.backward()
+
+    def naive(bandwidth: float) -> Tensor:
+        found: Tensor = oracle.value(x.double(), y.double(), "rbf", (0.5 / bandwidth**2,), "unbiased", None, None)
+        return found
+
+    tight = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-10}
+    torch.testing.assert_close(value.double(), naive(0.7), **tight)
+    assert b.grad is not None
+    torch.testing.assert_close(b.grad.double(), (naive(0.7 + 1e-5) - naive(0.7 - 1e-5)) / 2e-5, **tight)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_value_and_gradients(name: str, estimator: str, oracle: ModuleType) -> None:
