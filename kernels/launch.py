@@ -56,20 +56,19 @@ def lpips_layer(
     from fastgen.kernels import perceptual as kernels
 
     n, channels, pixels = f0.shape[0], f0.shape[1], f0.shape[2] * f0.shape[3]
-    blocks = lpips_blocks(channels)
-    programs = -(-pixels // blocks["BLOCK_P"])
     weight = weight.to(torch.float32).contiguous()
-    flags = {"INSIDE": inside, "LAST": last, **blocks, **kernels.OPTIONS}
-    if grad is None:
-        partial = torch.empty(n, programs, dtype=torch.float32, device=f0.device)
-        if n:
-            with torch.cuda.device_of(f0):
+    with torch.cuda.device_of(f0):  # whose table it is too
+        blocks = lpips_blocks(channels)
+        programs = -(-pixels // blocks["BLOCK_P"])
+        flags = {"INSIDE": inside, "LAST": last, **blocks, **kernels.OPTIONS}
+        if grad is None:
+            partial = torch.empty(n, programs, dtype=torch.float32, device=f0.device)
+            if n:
                 kernels._lpips_value_kernel[(n * programs,)](f0, f1, weight, partial, pixels, channels, eps, **flags)
-        return (partial.sum(1, dtype=torch.float64).to(torch.float32),)
-    grad = grad.to(torch.float32).contiguous()
-    out = [torch.empty_like(f) for f in (f0, f1)[:sides]]
-    if n:
-        with torch.cuda.device_of(f0):
+            return (partial.sum(1, dtype=torch.float64).to(torch.float32),)
+        grad = grad.to(torch.float32).contiguous()
+        out = [torch.empty_like(f) for f in (f0, f1)[:sides]]
+        if n:
             kernels._lpips_grad_kernel[(n * programs,)](
                 f0, f1, weight, grad, out[0], out[1] if sides == 2 else None, pixels, channels, eps, **flags
             )
@@ -90,7 +89,7 @@ def lpips_project(
     from fastgen.kernels.langevin import _signed
 
     n, channels, pixels = f.shape[0], f.shape[1], f.shape[2] * f.shape[3]
-    blocks, tiles = lpips_blocks(channels), project_blocks(dim)
+    tiles = project_blocks(dim)
     scale = torch.empty(n, pixels, dtype=torch.float32, device=f.device)
     root = (weight.to(torch.float64) / pixels).sqrt().to(torch.float32)
     runs = channels * -(-pixels // 64)
@@ -99,6 +98,7 @@ def lpips_project(
     partial = torch.empty(n, splits, dim, dtype=torch.float32, device=f.device)
     if n:
         with torch.cuda.device_of(f):
+            blocks = lpips_blocks(channels)
             kernels._lpips_scale_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
                 f, scale, pixels, channels, eps, INSIDE=inside, LAST=last, **blocks, **kernels.OPTIONS
             )
@@ -126,12 +126,12 @@ def lpips_project_backward(
     from fastgen.kernels.langevin import _signed
 
     n, channels, pixels, dim = f.shape[0], f.shape[1], f.shape[2] * f.shape[3], grad.shape[1]
-    blocks = unproject_blocks(channels)
     root = (weight.to(torch.float64) / pixels).sqrt().to(torch.float32)
     grad, out = grad.to(torch.float32).contiguous(), torch.empty_like(f)
     words = _signed(seed), _signed(seed >> 32)
     if n:
         with torch.cuda.device_of(f):
+            blocks = unproject_blocks(channels)
             kernels._unproject_kernel[(n * -(-pixels // blocks["BLOCK_P"]),)](
                 *(f, grad, root, out, pixels, channels, dim, layer, *words, eps),
                 INSIDE=inside,
