@@ -42,7 +42,8 @@ class FaissIndex:
         take `functional.nearest`. Points are centred on the mean of the first that come (train, else add), because the
         expansion cancels far from the origin; squared L2 does not change. Points that are not finite are refused, since
         FAISS lets one of them spoil the answers of others, and so is an answer that lacks neighbours (index −1).
-        Not differentiable. FAISS brings an OpenMP of its own, which each call gives torch's number of threads.
+        Not differentiable. A copy (by copy or pickle) is an index of its own on the same device; as `save`, not built
+        for several devices. FAISS brings an OpenMP of its own, which each call gives torch's number of threads.
 
     Source:
         Johnson, Douze, Jégou (2017), "Billion-scale similarity search with GPUs"; faiss.index_factory.
@@ -147,10 +148,7 @@ class FaissIndex:
         """Write the index in FAISS's format, centre included: beside and renamed, a kill leaves the old file whole."""
         if self._index is None:
             raise ValueError("save: expected an index with rows, got an empty one")
-        if len(self.devices) > 1:
-            check.not_built("save", f"over {len(self.devices)} devices", "an index on one device")
-        path = os.fspath(path)
-        index = self._faiss.index_gpu_to_cpu(self._index) if self.devices[0].type == "cuda" else self._index
+        path, index = os.fspath(path), self._on_cpu("save")
         try:
             self._faiss.write_index(index, path + ".part")
             os.replace(path + ".part", path)
@@ -171,22 +169,45 @@ class FaissIndex:
                 f"path: expected an index in squared L2, FAISS's metric {loaded._faiss.METRIC_L2}, "
                 f"got metric {index.metric_type} in {os.fspath(path)}"
             )
-        loaded._index = loaded._inner = loaded._place(index, loaded.devices[0])
-        if isinstance(index, loaded._faiss.IndexPreTransform) and index.chain.size() == 1:
-            centring = loaded._faiss.downcast_VectorTransform(index.chain.at(0))
-            if isinstance(centring, loaded._faiss.CenteringTransform):
-                loaded._mean = torch.from_numpy(loaded._faiss.vector_to_array(centring.mean))
-                loaded._inner = loaded._index.index
-        loaded._home = loaded._home_of(loaded._inner, loaded.devices[0])
+        loaded._take(index)
         return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain values, and the index as FAISS writes it."""
+        index = None if self._index is None else self._faiss.serialize_index(self._on_cpu("copy")).tobytes()
+        devices = [str(one) for one in self.devices]
+        return {"spec": self.spec, "device": devices, "split": self.split, "block": self.block, "index": index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FaissIndex.__init__(self, state["spec"], state["device"], split=state["split"], block=state["block"])
+        if state["index"] is not None:
+            self._take(self._faiss.deserialize_index(np.frombuffer(state["index"], np.uint8)))
+
+    def _on_cpu(self, what: str) -> Any:
+        if len(self.devices) > 1:
+            check.not_built(what, f"over {len(self.devices)} devices", "an index on one device")
+        if self.devices[0].type == "cpu":
+            return self._index
+        inner = self._faiss.index_gpu_to_cpu(self._inner)  # FAISS clones no centring
+        return inner if self._mean is None else self._centred(inner)
+
+    def _take(self, index: Any) -> None:
+        """What `_on_cpu` gave, as this one's."""
+        inner = index
+        if isinstance(index, self._faiss.IndexPreTransform) and index.chain.size() == 1:
+            centring = self._faiss.downcast_VectorTransform(index.chain.at(0))
+            if isinstance(centring, self._faiss.CenteringTransform):
+                self._mean = torch.from_numpy(self._faiss.vector_to_array(centring.mean))
+                inner = index.index
+        self._index, self._inner = index, self._place(inner, self.devices[0])
+        if self._inner is not inner:
+            self._index = self._inner if self._mean is None else self._centred(self._inner)
+        self._home = self._home_of(self._inner, self.devices[0])
 
     def _build(self, raw: Tensor) -> None:
         faiss, d = self._faiss, raw.shape[1]
         self._index, self._inner, self._resources = None, None, []  # a second training's take the place of the first's
         self._mean = raw.mean(0, dtype=torch.float64).float()
-        centring = faiss.CenteringTransform(d)  # what is saved; here _handed does its work
-        faiss.copy_array_to_vector(self._mean.cpu().numpy(), centring.mean)
-        centring.is_trained = True
         parts = [self._factory(d, one) for one in self.devices]
         index = parts[0]
         self._home = self._home_of(index, self.devices[0])
@@ -199,8 +220,15 @@ class FaissIndex:
                 index.add_shard(part) if shards else index.add_replica(part)
             self._home = torch.device("cpu")
         self._inner = index
-        self._index = faiss.IndexPreTransform(centring, index)
-        self._index.is_trained = index.is_trained
+        self._index = self._centred(index)
+
+    def _centred(self, index: Any) -> Any:
+        """With the centring before it: what is saved; here `_handed` does its work."""
+        assert self._mean is not None
+        centring = self._faiss.CenteringTransform(index.d)
+        self._faiss.copy_array_to_vector(self._mean.cpu().numpy(), centring.mean)
+        centring.is_trained = True
+        return self._faiss.IndexPreTransform(centring, index)
 
     def _factory(self, d: int, device: torch.device) -> Any:
         with _named("spec", "a FAISS factory string"):
