@@ -42,6 +42,15 @@ def _offsets(pixels, channels, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _loaded(f0_ptr, f1_ptr, weight_ptr, base, at, mask, channels, BLOCK_C: tl.constexpr):
+    """A block of both maps, and the weights [1, BLOCK_C]."""
+    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    return x0, x1, tl.load(weight_ptr + c, mask=c < channels, other=0.0)[None, :]
+
+
+@triton.jit
 def _lpips_value_kernel(
     f0_ptr,  # [N, C, P] or (LAST) [N, P, C], of any float type
     f1_ptr,
@@ -56,10 +65,7 @@ def _lpips_value_kernel(
     BLOCK_C: tl.constexpr,
 ):
     _, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
-    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
-    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
-    c = tl.arange(0, BLOCK_C)
-    w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[None, :]
+    x0, x1, w = _loaded(f0_ptr, f1_ptr, weight_ptr, base, at, mask, channels, BLOCK_C)
     a, _ = _scale(tl.sum(x0 * x0, 1), eps, INSIDE)
     b, _ = _scale(tl.sum(x1 * x1, 1), eps, INSIDE)
     d = x0 * a[:, None] - x1 * b[:, None]
@@ -83,10 +89,7 @@ def _lpips_grad_kernel(
     BLOCK_C: tl.constexpr,
 ):
     n, base, at, mask = _offsets(pixels, channels, LAST, BLOCK_P, BLOCK_C)
-    x0 = tl.load(f0_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
-    x1 = tl.load(f1_ptr + base + at, mask=mask, other=0.0).to(tl.float32)
-    c = tl.arange(0, BLOCK_C)
-    w = tl.load(weight_ptr + c, mask=c < channels, other=0.0)[None, :]
+    x0, x1, w = _loaded(f0_ptr, f1_ptr, weight_ptr, base, at, mask, channels, BLOCK_C)
     each = tl.load(grad_ptr + n) * (2.0 / pixels)
     a, inverse0 = _scale(tl.sum(x0 * x0, 1), eps, INSIDE)
     b, inverse1 = _scale(tl.sum(x1 * x1, 1), eps, INSIDE)
