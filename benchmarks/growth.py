@@ -20,6 +20,7 @@ POINTS = 3  # the largest sizes, where fixed costs count least
 PROBE_SECONDS, TIMEOUT = 4.0, 30.0  # what a call may be expected to take, and it with its compiler
 PRECISION = 1.05  # the search ends when the least N that does not fit is within this factor
 STEP = 4  # times what fits: the farthest N to try next
+LATE = 1.5  # likewise where the least N is out of reach
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
@@ -70,28 +71,27 @@ def text(rows: list[Row]) -> str:
 
 
 def search(peak: Callable[[int], float | str], limit: float, first: int, most: int = 1 << 24) -> tuple[int, str]:
-    """The largest N whose peak is within the limit, to PRECISION, and what ended the search: "memory" or a reason.
+    """The largest N whose peak is within the limit, to PRECISION, and what ended the search: "memory", or a reason
+    and then to LATE.
 
     Bisection, whose next N is where the last two peaks' growth meets the limit.
     peak: N -> bytes, inf where they cannot be had, or a string that says why an N is out of reach
     """
-    low, high, ended, n = 0, most + 1, "the end of the search", first
+    low, high, ended, n, within = 0, most + 1, "the end of the search", first, PRECISION
     known: list[tuple[int, float]] = []
-    while high > max(low * PRECISION, low + 1):
+    while high > max(low * within, low + 1):
         answer = peak(n)
         if isinstance(answer, str):
-            high, ended = n, answer
-            if n <= STEP * low:
-                return low, ended  # where exactly time ends it is worth no more of it
+            high, ended, within = n, answer, LATE  # where exactly time ends it is worth no more of it
         elif answer <= limit:
             low = n
         else:
-            high, ended = n, "memory"
+            high, ended, within = n, "memory", PRECISION
         if not low and math.inf == answer:
             break
         if not isinstance(answer, str) and 0 < answer < math.inf:
             known.append((n, answer))
-        n = _next(low, high, known, limit)
+        n = math.isqrt(low * high) if low and isinstance(answer, str) else _next(low, high, known, limit)
     return low, ended
 
 
@@ -143,6 +143,7 @@ def largest(family: str, limit: int, device: torch.device, server: memory.Server
                     return f"time: a call would take about {seconds_text(expected)}"
                 answer = _peak(work, family, series, n, name, device, server)
                 if "slow" in answer:
+                    took.append((size, TIMEOUT))  # so that those between are not tried for as long
                     return f"time: a call takes longer than {TIMEOUT:.0f} s"
                 if "failed" in answer:
                     why["failed"] = answer["failed"]

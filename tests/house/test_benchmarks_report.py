@@ -259,11 +259,14 @@ def test_a_search_that_something_else_ends(report: ModuleType) -> None:
 
     def slow(n: int) -> float | str:
         asked.append(n)
-        return 8.0 * n if n <= 5000 else "time"
+        return 8.0 * n if n <= most else "time"
 
-    found, ended = growth.search(slow, 2**30, 100)
-    assert ended == "time"
-    assert 5000 / growth.STEP <= found <= 5000
+    for most in (100, 1030, 3000, 5000):
+        asked.clear()
+        found, ended = growth.search(slow, 2**30, 100)
+        assert ended == "time"
+        assert most / growth.LATE <= found <= most
+        assert sum(n <= most for n in asked) <= 3 + math.log(most / 100, growth.STEP)  # what is not tried costs nothing
     assert growth.search(lambda n: math.inf, 2**30, 100) == (0, "memory")
     assert growth.forecast([(1.0, 3.1)], 1e9) == 0.0
     assert growth.forecast([(16.0, 2.6), (1.0, 1.1)], 32.0) == pytest.approx(4.2)  # one second whatever the size
