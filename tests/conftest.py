@@ -105,6 +105,12 @@ def _oracle(stem: str) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def not_interpreted() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels run on one instruction set after the other, as far as the processor has them."""

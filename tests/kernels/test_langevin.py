@@ -255,11 +255,10 @@ def test_acceptance_for_hopper(compiled: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 1), (1000, 7), (64, 3, 32, 32), (3, 5003), (7, 64), (2, 3, 224, 224)])
 def test_compiled_bits_on_a_gpu(kernels: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     from fastgen import functional as F
 
     x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -278,9 +277,8 @@ def test_compiled_bits_on_a_gpu(kernels: ModuleType, dtype: torch.dtype, shape: 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 def test_a_cuda_graph_advances_its_step() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     from fastgen import functional as F
 
     x, step = torch.randn(16, 3072, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")

@@ -61,10 +61,9 @@ def test_is_the_references_decision(shape: tuple[int, int], dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("shape", [(1000, 2), (64, 3, 32, 32), (3, 50_003)])
 def test_gpu_decides_as_the_cpu(shape: tuple[int, ...]) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     for dtype in (torch.float32, torch.float64):
         given = problem((max(shape[0], 4), *shape[1:]), dtype, 0.4, 1.0, 3)
         scalars: tuple[Any, ...] = (None, None, None, None, None, 0.02, 0.2, 0.4, 1.0, -(2**63) + 5, 3)

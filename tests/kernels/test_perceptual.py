@@ -186,12 +186,11 @@ def test_the_projection_s_gradient_on_hopper(compiled: dict[tuple[str, str], dic
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 64, 33, 31), (3, 192, 13, 13), (2, 384, 7, 5), (2, 512, 8, 8)], ids=str)
 def test_on_a_gpu(oracle: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     f0, f1, weight, upstream = maps(shape, dtype, last)
     g0, g1, w, u = (t.cuda() for t in (f0, f1, weight, upstream))
     with backend.force("reference"):

@@ -4,7 +4,6 @@ graph is to a GPU."""
 import copy
 import gc
 import itertools
-import os
 import pickle
 import warnings
 import weakref
@@ -450,17 +449,12 @@ def test_normalised_weights(tapes: Any, loop: Callable[..., LangevinRun], norm: 
     assert len(tapes) == 2
 
 
-def compiled() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
-
-
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(map(str, o)))
 @pytest.mark.parametrize("n_steps", [1, 3, 8, 70])
 def test_replayed_calls_are_the_loop_on_a_gpu(options: dict[str, Any], n_steps: int) -> None:
     """With weights that move in place and are replaced, on one stream and on others."""
-    compiled()
     net = Net().cuda()
     given: dict[str, Any] = {"step_size": lambda k: 0.3 / (k + 1), "n_steps": n_steps, **options}
     sampler, plain = LangevinSampler(net, **given), LangevinSampler(net, cuda_graph=False, **given)
@@ -487,8 +481,8 @@ def test_replayed_calls_are_the_loop_on_a_gpu(options: dict[str, Any], n_steps: 
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 def test_a_graphs_memory_is_given_back() -> None:
-    compiled()
     x = torch.randn(256, 3, 32, 32, device="cuda")
     net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(32768, 1), nn.Flatten(0))
     net.cuda()

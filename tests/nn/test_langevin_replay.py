@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import os
 import re
 from typing import Any
 
@@ -197,9 +196,8 @@ def test_bad_calls() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 def test_gpu_draws_what_the_cpu_draws() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     for init in ("uniform", "normal"):
         on_cpu = ReplayBuffer(300, (3, 5), init=init, reinit_probability=0.3, seed=9)
         on_gpu = ReplayBuffer(300, (3, 5), init=init, reinit_probability=0.3, seed=9, device="cuda")

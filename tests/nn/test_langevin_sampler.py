@@ -1,7 +1,6 @@
 """LangevinSampler's MALA, schedules, trajectories, persistence, divergences and graphs."""
 
 import math
-import os
 import re
 import warnings
 from types import ModuleType
@@ -324,11 +323,10 @@ def test_bad_calls_and_modules_of_inference_mode() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("options", [{}, {"on_divergence": "reset"}, {"method": "mala"}], ids=lambda o: "-".join(o))
 @pytest.mark.parametrize("schedule", [False, True])
 def test_a_graph_gives_the_numbers_of_the_loop(options: dict[str, Any], schedule: bool) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     energy, start = network().cuda(), torch.randn(50, 3, 4, device="cuda")
     given: dict[str, Any] = {"step_size": (lambda k: 0.1 / (k + 1)) if schedule else 0.1, "prior_scale": 1.0, **options}
     runs = []
@@ -344,9 +342,8 @@ def test_a_graph_gives_the_numbers_of_the_loop(options: dict[str, Any], schedule
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 def test_an_energy_that_waits_for_the_device_falls_back() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     start = torch.randn(5, 4, device="cuda")
 
     def waits(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 graph repeats them on the same memory, whatever Python would do now."""
 
 import copy
-import os
 import pickle
 import warnings
 import weakref
@@ -436,12 +435,11 @@ def test_bad_options() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_gpu_recordings(name: str, half: bool, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # each rounding may turn a ReLU
     make, side = LOSSES[name]
     loss, plain = make().cuda(), make(cuda_graph=False).cuda()
@@ -464,9 +462,8 @@ def test_gpu_recordings(name: str, half: bool, cached: bool, monkeypatch: pytest
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("not_interpreted")
 def test_gpu_recordings_follow_weights_and_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("interpreted: the suite's GPU stage runs without TRITON_INTERPRET")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     loss, plain = lpips(cuda_graph=True).cuda(), lpips(cuda_graph=False).cuda()
     x, y = images(2, 40).cuda().requires_grad_(), images(2, 40, seed=1).cuda()
