@@ -119,7 +119,7 @@ struct Pairs {
                 int64_t c = 0;
                 for (; c + side <= d; c += side) {
                     const Half moved =
-                        __builtin_convertvector((wide(source + i * d + c) - load(middle + c)) * scale, Half);
+                        __builtin_convertvector((wide(source + i * d + c) - load<Wide>(middle + c)) * scale, Half);
                     std::memcpy(z + i * stride + c, &moved, sizeof(moved));
                 }
                 for (; c < d; ++c) z[i * stride + c] = T((source[i * d + c] - middle[c]) * scale);
@@ -160,18 +160,6 @@ struct Pairs {
         for (int field = 0; field < fields; ++field) std::memset(slopes_of(t, field), 0, tile * sizeof(T));
         if (wants_gradient(t)) std::memset(gradient_of(t), 0, tile * (stride + thin * width) * sizeof(T));
         sums[t] = 0;
-    }
-
-    static Wide wide(const T* of) {
-        Half x;
-        std::memcpy(&x, of, sizeof(x));
-        return __builtin_convertvector(x, Wide);
-    }
-
-    static Wide load(const double* of) {
-        Wide x;
-        std::memcpy(&x, of, sizeof(x));
-        return x;
     }
 
     double product(const T* a, const T* b) const {
@@ -412,20 +400,7 @@ struct Pairs {
     }
 
     void add_up(int64_t t, int64_t item, double* sums) const {
-        const T* source = points_of(item, t, 0);
-        const int64_t count = points(t), fours = count / 4 * 4;  // at once: a sum in memory waits for the one before
-        for (int64_t i = 0; i < fours; i += 4, source += 4 * d) {
-            int64_t c = 0;
-            for (; c + side <= d; c += side) {
-                const Wide sum = load(sums + c) + ((wide(source + c) + wide(source + d + c)) +
-                                                   (wide(source + 2 * d + c) + wide(source + 3 * d + c)));
-                std::memcpy(sums + c, &sum, sizeof(sum));
-            }
-            for (; c < d; ++c)
-                sums[c] += (double(source[c]) + source[d + c]) + (double(source[2 * d + c]) + source[3 * d + c]);
-        }
-        for (int64_t i = fours; i < count; ++i, source += d)
-            for (int64_t c = 0; c < d; ++c) sums[c] += source[c];
+        add_rows(points_of(item, t, 0), points(t), d, sums);
     }
 
     void find_centre(const std::vector<double>& partial, std::vector<double>& centre) const {

@@ -14,6 +14,39 @@ struct Buffer {
 
 constexpr int strip_rows = VEC_BYTES == 64 ? 8 : 4;  // rows of the register block; its columns are two vectors
 
+template <class T>
+FASTGEN_INLINE typename Lanes<T>::Wide wide(const T* of) {
+    typename Lanes<T>::Half x;
+    std::memcpy(&x, of, sizeof(x));
+    return __builtin_convertvector(x, typename Lanes<T>::Wide);
+}
+
+template <class V>
+FASTGEN_INLINE V load(const double* of) {
+    V x;
+    std::memcpy(&x, of, sizeof(x));
+    return x;
+}
+
+// Adds `count` rows of d coordinates to `sums`, in float64.
+template <class T>
+void add_rows(const T* rows, int64_t count, int64_t d, double* sums) {
+    using Wide = typename Lanes<T>::Wide;
+    constexpr int side = Lanes<T>::count / 2;
+    const int64_t fours = count / 4 * 4;  // at once: a sum in memory waits for the one before
+    for (int64_t i = 0; i < fours; i += 4, rows += 4 * d) {
+        int64_t c = 0;
+        for (; c + side <= d; c += side) {
+            const Wide sum = load<Wide>(sums + c) + ((wide(rows + c) + wide(rows + d + c)) +
+                                                     (wide(rows + 2 * d + c) + wide(rows + 3 * d + c)));
+            std::memcpy(sums + c, &sum, sizeof(sum));
+        }
+        for (; c < d; ++c) sums[c] += (double(rows[c]) + rows[d + c]) + (double(rows[2 * d + c]) + rows[3 * d + c]);
+    }
+    for (int64_t i = fours; i < count; ++i, rows += d)
+        for (int64_t c = 0; c < d; ++c) sums[c] += rows[c];
+}
+
 // G[a][:] += scale · Σ_b w(a, b) Z[b][:] for `count` rows a and `width` vectors V; w(a, b) = w[a·step_a + b·step_b].
 template <class T, class V, int count, int width>
 FASTGEN_INLINE void weighted_sums(const T* w, int64_t step_a, int64_t step_b, int64_t terms, const T* z, T* g,
