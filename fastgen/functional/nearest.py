@@ -106,6 +106,18 @@ def rejected(query: Tensor, database: Tensor, exclude_radius: float) -> Tensor:
     return distance.double() < exclude_radius * exclude_radius
 
 
+def rows_of(database: Tensor, index: Tensor) -> Tensor:
+    """database[index], without a gradient, also where the database changes afterwards in place.
+
+    Compiled, an op of our own: inductor takes rows again in the backward rather than keep them, from the database as it
+    is by then.
+    """
+    if torch.compiler.is_compiling():
+        rows: Tensor = torch.ops.fastgen.nearest_rows(database.detach(), index)
+        return rows
+    return database.detach().index_select(0, index)
+
+
 def distances(query: Tensor, database: Tensor) -> Tensor:
     """[N, M] float32: all of them, to the bit as `nearest` has them."""
     index = torch.arange(len(database), device=query.device).expand(len(query), -1)

@@ -354,6 +354,14 @@ def _laplacian_kernel(kernel: Any, like: Tensor) -> Tensor:
     return both / both.sum()
 
 
+def _replicated(images: Tensor, border: int) -> Tensor:
+    """Edges repeated outwards. Of torch's own, inductor knows the layout of the gradient wrongly."""
+    if not torch.compiler.is_compiling():
+        return tf.pad(images, [border] * 4, mode="replicate")
+    images = torch.cat([*[images[:, :, :1]] * border, images, *[images[:, :, -1:]] * border], 2)
+    return torch.cat([*[images[..., :1]] * border, images, *[images[..., -1:]] * border], 3)
+
+
 def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3, kernel: str | Tensor = "minimal_glo") -> Tensor:
     """Σ_j mean |L_j(x) − L_j(y)| over the levels of a Laplacian pyramid and its low-pass rest.
 
@@ -387,12 +395,12 @@ def laplacian_pyramid_loss(x: Tensor, y: Tensor, *, levels: int = 3, kernel: str
     channels, dtype = x.shape[1], reference.wide(x.dtype)
     current = x.to(dtype) - y.to(dtype)
     blur = _laplacian_kernel(kernel, current.detach())
-    border = [blur.shape[0] // 2] * 4
+    border = blur.shape[0] // 2
     blur = blur.detach().expand(channels, 1, -1, -1)
     total = current.new_zeros(current.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(levels):
-            low = tf.conv2d(tf.pad(current, border, mode="replicate"), blur, groups=channels)
+            low = tf.conv2d(_replicated(current, border), blur, groups=channels)
             total = total + (current - low).abs().mean((1, 2, 3))
             current = tf.avg_pool2d(low, 2)
     return total + current.abs().mean((1, 2, 3))

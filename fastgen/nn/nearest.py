@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import check
 from fastgen.functional import nearest
+from fastgen.functional.nearest import rows_of
 
 
 class Quantized(NamedTuple):
@@ -118,7 +119,8 @@ class VectorQuantizer(nn.Module):
             if averages:
                 self._leave()
             raise
-        entries = self.codebook.to(flat.dtype).index_select(0, indices)
+        codebook = self.codebook.to(flat.dtype)
+        entries = codebook.index_select(0, indices) if self.learnable_codebook else rows_of(codebook, indices)
         loss = flat.new_zeros((), dtype=torch.float32)
         if self.training and len(flat) == 0:
             # The mean over nothing is NaN; an empty sum keeps the graph.

@@ -1,7 +1,8 @@
-"""fastgen::nearest and fastgen::nearest_distance.
+"""fastgen::nearest, fastgen::nearest_distance and fastgen::nearest_rows.
 
 The search returns indices alone: they carry no gradient, so the op is whole without one, and the distances of the
-chosen are made anew by the second op, which costs a k/M-th of the search.
+chosen are made anew by the second op, which costs a k/M-th of the search. The third gives the rows themselves, to a
+compiled graph that changes the database afterwards.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from fastgen.reference import nearest as reference
 _ARGUMENTS = "(Tensor query, Tensor database, Tensor? mask, int k, float? exclude_radius, str precision)"
 torch.library.define("fastgen::nearest", f"{_ARGUMENTS} -> Tensor")
 torch.library.define("fastgen::nearest_distance", "(Tensor query, Tensor database, Tensor index) -> Tensor")
+torch.library.define("fastgen::nearest_rows", "(Tensor database, Tensor index) -> Tensor")
 
 
 WIDEST = 1 << 20  # columns for which the C++ filter's integers provably fit
@@ -182,6 +184,10 @@ def _nearest_distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
     return distance
 
 
+def _nearest_rows(database: Tensor, index: Tensor) -> Tensor:
+    return database.index_select(0, index)
+
+
 def _wide(points: Tensor) -> Tensor:
     """Contiguous float32 or float64; the half types widen exactly."""
     return points.to(torch.promote_types(points.dtype, torch.float32)).contiguous()
@@ -191,6 +197,8 @@ torch.library.impl("fastgen::nearest", "CPU", _nearest)
 torch.library.impl("fastgen::nearest", "CUDA", _nearest)
 torch.library.impl("fastgen::nearest_distance", "CPU", _nearest_distance)
 torch.library.impl("fastgen::nearest_distance", "CUDA", _nearest_distance)
+torch.library.impl("fastgen::nearest_rows", "CPU", _nearest_rows)
+torch.library.impl("fastgen::nearest_rows", "CUDA", _nearest_rows)
 
 
 no_vmap = check.no_vmap("nearest", "one query and database a call")
@@ -198,6 +206,7 @@ no_vmap = check.no_vmap("nearest", "one query and database a call")
 
 torch.library.register_vmap("fastgen::nearest", no_vmap)
 torch.library.register_vmap("fastgen::nearest_distance", no_vmap)
+torch.library.register_vmap("fastgen::nearest_rows", no_vmap)
 
 
 @torch.library.register_fake("fastgen::nearest")
@@ -211,3 +220,8 @@ def _nearest_fake(
 @torch.library.register_fake("fastgen::nearest_distance")
 def _nearest_distance_fake(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
     return torch.empty(index.shape, dtype=torch.float32, device=query.device)
+
+
+@torch.library.register_fake("fastgen::nearest_rows")
+def _nearest_rows_fake(database: Tensor, index: Tensor) -> Tensor:
+    return database.new_empty((index.shape[0], database.shape[1]))

@@ -1,5 +1,6 @@
 """The public functions: values and gradients of any side, second order, compile, autocast, error messages."""
 
+import functools
 import itertools
 
 import pytest
@@ -269,6 +270,20 @@ def test_compile_without_break_or_recompile():
         for a, b in zip(torch.autograd.grad(got.sum(), f0), grads, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+def test_laplacian_pyramid_compiles_to_code_for_every_number():
+    """Inductor's own code: it lays convolutions out otherwise than eager does, which other backends do not see."""
+    torch._dynamo.reset()
+    step = functools.partial(F.laplacian_pyramid_loss, levels=1)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (2, 5):
+            x, y = torch.rand(n, 3, 8, 10, requires_grad=True), torch.rand(n, 3, 8, 10)
+            (want,) = torch.autograd.grad(step(x, y).sum(), x)
+            value = compiled(x, y)
+            torch.testing.assert_close(value, step(x, y))
+            torch.testing.assert_close(torch.autograd.grad(value.sum(), x)[0], want)
 
 
 @pytest.mark.parametrize(

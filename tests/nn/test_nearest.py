@@ -1,5 +1,6 @@
 """The vector quantiser against a naive float64 one."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ def test_averaging_codebook(n: int, d: int, k: int) -> None:
         assert x.grad is not None
         np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(layer.codebook.numpy(), naive.codebook, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_gradient_is_that_of_the_entries_before_they_moved() -> None:
+    """Inductor would take them from the codebook again in the backward."""
+    torch._dynamo.reset()
+    layer = nn.VectorQuantizer(3, 7, decay=0.5)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (12, 31):
+            twin, x = copy.deepcopy(layer), torch.randn(n, 3, requires_grad=True)
+            before = layer.codebook.clone()
+            out, plain = compiled(x), twin(x)
+            assert torch.equal(out.indices, plain.indices)
+            torch.testing.assert_close(layer.codebook, twin.codebook)
+            (got,) = torch.autograd.grad(out.loss, x)
+            torch.testing.assert_close(got, 2 * (x.detach() - before[out.indices]) / x.numel())
 
 
 def test_learnable_codebook() -> None:

@@ -27,6 +27,7 @@ def test_opcheck(dtype, mask, layout):
         index = torch.ops.fastgen.nearest(*arguments)
         torch.library.opcheck(torch.ops.fastgen.nearest.default, arguments)
     torch.library.opcheck(torch.ops.fastgen.nearest_distance.default, (query, database, index))
+    torch.library.opcheck(torch.ops.fastgen.nearest_rows.default, (database, index[:, 0]))
 
 
 def in_the_defined_order(query, row):
