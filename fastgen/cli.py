@@ -221,7 +221,10 @@ def sample(argv: list[str]) -> None:
         import numpy as np
 
         part = file.with_suffix(".part.npy")
-        np.save(part, images.numpy())
+        try:
+            np.save(part, images.numpy())
+        except OSError as error:  # numpy's own names no file
+            raise OSError(f"{part} cannot be written: {error}") from None
         os.replace(part, file)
     print(f"{file}: {parsed.n} samples")
 

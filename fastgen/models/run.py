@@ -185,7 +185,8 @@ class Run:
     ) -> None:
         file = self.checkpoint(stage)
         plain = _plain(options)
-        loggers = options.pop("logger", None) or []
+        loggers = options.pop("logger", None)
+        loggers = [] if loggers is None or isinstance(loggers, bool) else loggers  # ours is there in any case
         callbacks = options.pop("callbacks", None) or []
         plugins = options.pop("plugins", None) or []
         asked: dict[str, Any] = dict(
@@ -210,6 +211,9 @@ class Run:
         if trainer.world_size > processes.size():
             joined = f"torchrun started {processes.size()}" if processes.size() > 1 else "this is one"
             raise UserError(f"trainer.devices: expected as many processes as run, {joined}; got {trainer.world_size}")
+        if trainer.accumulate_grad_batches < 1:
+            few = trainer.accumulate_grad_batches
+            raise UserError(f"trainer.accumulate_grad_batches: expected an integer >= 1, got {few}")
         # Lightning's own estimate sets the loader up before a checkpoint has given it back its place.
         batches, limit = len(loader), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -225,7 +229,10 @@ class Run:
             raise UserError(f"{file} does not fit the run's arguments or data: {error}") from None
         # Lightning returns as if all were well where it is told to stop.
         if trainer.current_epoch < epochs:
-            raise KeyboardInterrupt
+            raise UserError(
+                f"{stage}: trainer.max_time or a callback ended it after {trainer.current_epoch} of {epochs} epochs; "
+                "--resume goes on with a longer max_time, which counts the time before it too, or null for none"
+            )
         wrong = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
         if wrong:
             raise UserError(f"{stage}: training diverged, {wrong[0]} is not finite: start anew with a lower rate")
@@ -266,10 +273,16 @@ class WholeFiles(TorchCheckpointIO):
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + ".part")
-        with open(part, "wb") as out:
-            torch.save(checkpoint, out)
-            out.flush()
-            os.fsync(out.fileno())
+        try:
+            with open(part, "wb") as out:
+                torch.save(checkpoint, out)
+                out.flush()
+                os.fsync(out.fileno())
+        except (OSError, RuntimeError) as error:
+            # Torch's writer makes a RuntimeError of a full disk, whose own error stands behind it.
+            reason = error if isinstance(error, OSError) else error.__context__ or error
+            part.unlink(missing_ok=True)
+            raise OSError(f"{part} cannot be written: {reason}") from None
         os.replace(part, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -386,6 +399,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(found["state_dict"], dict) or not isinstance(found["pytorch-lightning_version"], str):
             raise TypeError("not Lightning's")
+    except PermissionError:
+        raise
     except Exception as error:  # torch.load raises a dozen kinds for a file cut short
         raise UserError(
             f"{file} cannot be read as a checkpoint ({type(error).__name__}): it is cut short or of another kind; "

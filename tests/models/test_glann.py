@@ -84,7 +84,7 @@ def test_a_stage_broken_off_is_not_a_finished_one(images: data.Images, tmp_path:
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             trainer.should_stop = True
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match=r"glo: trainer\.max_time or a callback ended it after 1 of 3 epochs"):
         GLANN(**SMALL).fit(images, tmp_path / "run", trainer={**QUIET, "callbacks": [Stop()]})
     assert not (tmp_path / "run" / "imle").exists()
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from fastgen import data
 from fastgen.check import UserError
@@ -22,7 +23,7 @@ from fastgen.cli import main
 from fastgen.models import imle_reverse, model_class
 from fastgen.models.gmmn import GMMN
 from fastgen.models.imle_image import IMLE, RSIMLE
-from fastgen.models.run import Run, arguments_of
+from fastgen.models.run import Run, WholeFiles, arguments_of, read_checkpoint
 from fastgen.models.wae import WAEMMD
 
 QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
@@ -150,6 +151,8 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
         (WAEMMD(**WAE), images, {"accelerator": "tpu"}, "trainer: "),
         (WAEMMD(**WAE), images, {"precision": "64-true"}, "trainer.precision: expected one of 32-true, bf16-mixed"),
         (WAEMMD(**WAE), images, {"limit_train_batches": 0}, "trainer.limit_train_batches: 0 leaves none of 4 batches"),
+        (WAEMMD(**WAE), images, {"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: expected"),
+        (WAEMMD(**WAE), images, {"max_time": "00:00:00:00"}, "trainer.max_time or a callback ended it after 0 of 2"),
         (WAEMMD(**WAE), images, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "scissors"}, "trainer: "),
     ):
         with pytest.raises(UserError, match=says):
@@ -168,6 +171,40 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
 def test_mixed_precision_trains(name: str, images: data.Images, tmp_path: Path) -> None:
     model = model_class(name)(**MIXED[name]).fit(images, tmp_path / "run", trainer={**QUIET, "precision": "bf16-mixed"})
     assert model.sample(2, seed=0).dtype == torch.float32
+
+
+def test_own_loggers_beside_ours(images: data.Images, tmp_path: Path) -> None:
+    other = CSVLogger(tmp_path / "other")
+    for i, logger in enumerate((None, True, False, other, [other])):
+        WAEMMD(**WAE).fit(images, tmp_path / f"{i}", trainer={**QUIET, "logger": logger})
+        assert (tmp_path / f"{i}" / "logs" / "wae" / "version_0" / "metrics.csv").exists()
+    assert (tmp_path / "other" / "lightning_logs" / "version_0" / "metrics.csv").exists()
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """Some megabytes, so that torch's own writer meets the end: it has a RuntimeError for it."""
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"weight": torch.zeros(3)}, file)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"last.ckpt.part cannot be written: .*File too large"):
+            WholeFiles().save_checkpoint({"weight": torch.zeros(2**20)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == [file]
+    assert torch.load(file, weights_only=True)["weight"].shape == (3,)
+
+
+def test_a_checkpoint_that_must_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", "last.ckpt")
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(PermissionError):
+        read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_a_trained_stage_is_never_given_back(images: data.Images, tmp_path: Path) -> None:
@@ -217,6 +254,18 @@ class Break(Callback):
         if trainer.current_epoch == 1:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_a_time_that_is_up_is_no_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    start = ["train", "wae-mmd", "--data=digits", f"--out={out}", *flags({**WAE, "epochs": 10_000})]
+    again = ["train", "wae-mmd", f"--out={out}", "--resume", *QUICK, "--trainer.limit_train_batches=1"]
+    for command in ([*start, "--trainer.max_time=00:00:00:01"], again):  # the time is the run's, over all its starts
+        assert main(command) == 2
+        assert "max_time or a callback ended it after" in capsys.readouterr().err
+    epoch = torch.load(out / "wae" / "last.ckpt", weights_only=True)["epoch"]
+    assert main([*again, "--trainer.max_time=00:00:00:02"]) == 2
+    assert torch.load(out / "wae" / "last.ckpt", weights_only=True)["epoch"] > epoch
 
 
 @pytest.fixture
