@@ -40,8 +40,11 @@ class FaissIndex:
     Notes:
         Distances are FAISS's own, in float32 by the expansion ‖q‖² − 2 q·b + ‖b‖²: for exact and reproducible answers
         take `functional.nearest`. Points are centred on the mean of the first that come (train, else add), because the
-        expansion cancels far from the origin; squared L2 does not change. Points that are not finite are refused, since
-        FAISS lets one of them spoil the answers of others, and so is an answer that lacks neighbours (index −1).
+        expansion cancels far from the origin; squared L2 does not change. A coordinate whose mean is below its standard
+        deviation stays as it is: a few far points would carry all others away from the origin. Points that are not
+        finite are refused, since FAISS lets one of them spoil the answers of others, and so is an answer that lacks
+        neighbours (index −1). A spec that changes the points (a code, "L2norm", the bits of "LSH") has its distances
+        between what it makes of them.
         Not differentiable. A copy (by copy or pickle) is an index of its own on the same device; as `save`, not built
         for several devices. FAISS brings an OpenMP of its own, which each call gives torch's number of threads.
 
@@ -112,6 +115,8 @@ class FaissIndex:
 
     def tune(self, parameters: str) -> "FaissIndex":
         """Set search parameters, as FAISS writes them: "nprobe=16", "efSearch=64"."""
+        if not isinstance(parameters, str):  # a number would be taken for one of FAISS's own combinations
+            raise TypeError(f"parameters: expected a string, as 'nprobe=16', got {check.describe(parameters)}")
         if self._index is None:
             raise ValueError(f"parameters: expected rows in the index before {parameters!r}")
         on_gpu = any(one.type == "cuda" for one in self.devices)
@@ -132,7 +137,8 @@ class FaissIndex:
             rows = self._handed(raw)
             distance = torch.empty(len(rows), k, dtype=torch.float32, device=self._home)
             index = torch.empty(len(rows), k, dtype=torch.int64, device=self._home)
-            self._inner.search_c(len(rows), self._pointer(rows), k, self._pointer(distance), self._pointer(index))
+            with _named("query", f"ones that {self.spec!r}, as it is tuned, can search"):
+                self._inner.search_c(len(rows), self._pointer(rows), k, self._pointer(distance), self._pointer(index))
             parts.append((distance, index))
         distance, index = (torch.cat(found) for found in zip(*parts, strict=True))
         if (index < 0).any():
@@ -150,7 +156,8 @@ class FaissIndex:
             raise ValueError("save: expected an index with rows, got an empty one")
         path, index = os.fspath(path), self._on_cpu("save")
         try:
-            self._faiss.write_index(index, path + ".part")
+            with _named("path", "a file that can be written"):
+                self._faiss.write_index(index, path + ".part")
             os.replace(path + ".part", path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -207,7 +214,8 @@ class FaissIndex:
     def _build(self, raw: Tensor) -> None:
         faiss, d = self._faiss, raw.shape[1]
         self._index, self._inner, self._resources = None, None, []  # a second training's take the place of the first's
-        self._mean = raw.mean(0, dtype=torch.float64).float()
+        mean, spread = raw.mean(0, dtype=torch.float64), raw.var(0, correction=0)
+        self._mean = torch.where(mean.square() > spread, mean, 0.0).float()
         parts = [self._factory(d, one) for one in self.devices]
         index = parts[0]
         self._home = self._home_of(index, self.devices[0])
@@ -272,8 +280,8 @@ class FaissIndex:
             check.rows(name, points)
         else:
             check.tensor(name, points, ndim=(2,))
-        if points.shape[0] == 0 or (self._index is not None and points.shape[1] != self._index.d):
-            width = "D" if self._index is None else self._index.d
+        if 0 in points.shape or (self._index is not None and points.shape[1] != self._index.d):
+            width = "D >= 1" if self._index is None else self._index.d
             raise ValueError(f"{name}: expected shape [at least 1, {width}], got {list(points.shape)}")
         for start in range(0, len(points), self.block):
             part = points[start : start + self.block]

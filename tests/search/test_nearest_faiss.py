@@ -32,6 +32,13 @@ def test_far_from_the_origin():
     assert (FaissIndex().add(database).search(query).index == right).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("far", [1e8, 1e10, 1e18])
+def test_a_far_point_leaves_the_others_where_they_are(far):
+    query, database = torch.randn(200, 16), torch.randn(2000, 16)
+    database[17] += far
+    assert torch.equal(FaissIndex().add(database).search(query).index, F.nearest(query, database).index)
+
+
 @pytest.mark.parametrize("spec", ["Flat", "IVF8,Flat"])
 def test_save_and_load(tmp_path, spec):
     database = 50 + torch.randn(600, 8)
@@ -266,6 +273,14 @@ def test_what_faiss_refuses_is_named(tmp_path):
     for wrong in ("nprobe", "efSearch=3"):
         with pytest.raises(ValueError, match="parameters: expected ones of spec 'IVF4,Flat'"):
             index.tune(wrong)
+    with pytest.raises(TypeError, match="parameters: expected a string, as 'nprobe=16', got int 3"):
+        index.tune(3)
+    with pytest.raises(ValueError, match="query: expected ones that 'IVF4,Flat', as it is tuned, can search"):
+        index.tune("nprobe=0").search(points)
+    with pytest.raises(ValueError, match=r"points: expected shape \[at least 1, D >= 1\], got \[5, 0\]"):
+        FaissIndex().add(torch.empty(5, 0))
+    with pytest.raises(ValueError, match="path: expected a file that can be written, but FAISS says: could not open"):
+        index.save(tmp_path / "nowhere" / "index")
     index.save(tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     for content in (b"", b"no index at all", whole[:9], whole[: len(whole) // 2], whole[:-1]):
