@@ -50,8 +50,8 @@ class VectorQuantizer(nn.Module):
 
     Notes: Indices are exact, a tie goes to the lowest; no N×K matrix is made. The gradient of `quantized` goes to x as
         it is (straight-through), that of the loss to x (and to a learnable codebook, whose rows' gradients are summed
-        in a fixed order). In training each call of an averaging codebook changes its buffers; double backward is that
-        of the identity.
+        in a fixed order). In training each call of an averaging codebook changes its buffers, of which `half()` and
+        `bfloat16()` leave the averages in float32; double backward is that of the identity.
 
     Source: van den Oord, Vinyals and Kavukcuoglu, Neural Discrete Representation Learning, NeurIPS 2017, eq. 3 and
         appendix A.1; names of arguments and results as lucidrains/vector-quantize-pytorch's `VectorQuantize`.
@@ -81,11 +81,14 @@ class VectorQuantizer(nn.Module):
         self.dim = check.integer("dim", dim, least=1)
         self.codebook_size = check.integer("codebook_size", codebook_size, least=1)
         self.decay = check.number("decay", decay, least=0, most=1)
-        self.eps = check.number("eps", eps, above=0)
+        self.eps = check.number("eps", eps, least=torch.finfo(torch.float32).tiny)  # the averages' type has it
         self.commitment_weight = check.number("commitment_weight", commitment_weight, least=0)
         self.threshold_ema_dead_code = check.number("threshold_ema_dead_code", threshold_ema_dead_code, least=0)
-        if not isinstance(learnable_codebook, bool):
-            raise TypeError(f"learnable_codebook: expected True or False, got {check.describe(learnable_codebook)}")
+        for name, value in (("learnable_codebook", learnable_codebook), ("accept_image_fmap", accept_image_fmap)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {check.describe(value)}")
+        if sync_codebook is not None and not isinstance(sync_codebook, bool):
+            raise TypeError(f"sync_codebook: expected True, False or None, got {check.describe(sync_codebook)}")
         self.learnable_codebook, self.accept_image_fmap = learnable_codebook, accept_image_fmap
         self.sync_codebook, self.group = sync_codebook, group
         self.seed = check.integer("seed", seed, least=0, most=2**43)  # times 1,000,003 a seed
@@ -111,6 +114,16 @@ class VectorQuantizer(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """The averages are never of a half type, where counts overflow and small steps are lost."""
+        before = {} if self.learnable_codebook else {n: getattr(self, n) for n in ("cluster_size", "embed_avg")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, value.to(now.device))
+        return self
+
     def forward(self, x: Tensor, freeze_codebook: bool = False) -> Quantized:
         averages = self.training and not (self.learnable_codebook or freeze_codebook)
         try:
@@ -120,7 +133,8 @@ class VectorQuantizer(nn.Module):
                 self._leave()
             raise
         codebook = self.codebook.to(flat.dtype)
-        entries = codebook.index_select(0, indices) if self.learnable_codebook else rows_of(codebook, indices)
+        # The backward of index_select adds atomically on CUDA; that of an embedding sorts first.
+        entries = tf.embedding(indices, codebook) if self.learnable_codebook else rows_of(codebook, indices)
         loss = flat.new_zeros((), dtype=torch.float32)
         if self.training and len(flat) == 0:
             # The mean over nothing is NaN; an empty sum keeps the graph.
@@ -131,7 +145,8 @@ class VectorQuantizer(nn.Module):
                 loss = loss + tf.mse_loss(entries, flat.detach()).float()
         if averages:  # also an empty batch: where several processes average, this one takes part
             self._average(flat.detach(), indices)
-        quantized = (flat + (entries - flat).detach()).to(x.dtype).view(x.shape)
+        # The entry itself: x + (e − x) would be rounded to the precision of x.
+        quantized = (entries.detach() + (flat - flat.detach())).to(x.dtype).view(x.shape)
         if self.accept_image_fmap:
             quantized = quantized.movedim(-1, 1)
         return Quantized(quantized, indices.view(x.shape[:-1]), loss)
@@ -139,8 +154,15 @@ class VectorQuantizer(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Entries [..., D] of `indices` int64 [...]; of [B, H, W] as [B, D, H, W] with accept_image_fmap."""
         check.tensor("indices", indices, dtypes=(torch.int64,))
-        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= self.codebook_size):
-            raise ValueError(f"indices: expected 0 to {self.codebook_size - 1}, got others")
+        if self.accept_image_fmap and indices.ndim != 3:
+            raise ValueError(f"indices: expected [B, H, W], got shape {list(indices.shape)}")
+        if indices.device != self.codebook.device:
+            raise ValueError(
+                f"indices: expected the device of the codebook, {self.codebook.device}, got {indices.device}"
+            )
+        outside = indices[(indices < 0) | (indices >= self.codebook_size)]
+        if len(outside):
+            raise ValueError(f"indices: expected 0 to {self.codebook_size - 1}, got {int(outside[0])}")
         entries = self.codebook[indices]
         return entries.movedim(-1, 1) if self.accept_image_fmap else entries
 
@@ -169,7 +191,12 @@ class VectorQuantizer(nn.Module):
             bad = flat.isfinite().all(1).logical_not().nonzero()
             if len(bad):
                 raise ValueError(f"x: expected finite values, got NaN or infinity in row {int(bad[0])}") from None
-            raise
+            bad = self.codebook.isfinite().all(1).logical_not().nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"codebook: expected finite values, got NaN or infinity in row {int(bad[0])}"
+                ) from None
+            raise ValueError("x: expected squared distances from the codebook within float32, got larger") from None
 
     @torch.no_grad()
     def _average(self, flat: Tensor, indices: Tensor) -> None:
@@ -202,7 +229,8 @@ class VectorQuantizer(nn.Module):
     def _leave(self) -> None:
         """The others wait for this process's counts: they get NaN."""
         if self._place()[1] > 1:
-            dist.all_reduce(torch.full_like(self.cluster_size, torch.nan), group=self.group)
+            count = torch.full_like(self.cluster_size, torch.nan, dtype=torch.float32)  # the type of theirs
+            dist.all_reduce(count, group=self.group)
 
     def _place(self) -> tuple[int, int]:
         """This process's rank among those that average together, and their number."""

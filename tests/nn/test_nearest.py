@@ -213,7 +213,7 @@ REFUSED = """
 import torch, torch.distributed as dist
 from fastgen import nn
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-layer = nn.VectorQuantizer(3, 6)
+layer = nn.VectorQuantizer(3, 6).to(dtype)
 layer(torch.randn(4, 3))
 before = layer.codebook.clone()
 for bad, says in ((torch.full((4, 3), torch.nan), "NaN or infinity in row 0"), (torch.zeros(4, 5), "vectors of 3")):
@@ -233,9 +233,12 @@ dist.destroy_process_group()
 """
 
 
-def test_one_process_s_bad_batch_is_an_error_in_all(tmp_path: Path, run_apart: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_process_s_bad_batch_is_an_error_in_all(
+    dtype: torch.dtype, tmp_path: Path, run_apart: Callable[..., list[Any]]
+) -> None:
     """Also in one whose batch is empty, and within seconds."""
-    for done in run_apart(REFUSED, 3, tmp_path, seconds=60):
+    for done in run_apart(REFUSED, 3, tmp_path, seconds=60, dtype=dtype):
         assert done.returncode == 0, done.stderr
 
 
@@ -252,7 +255,12 @@ def test_averaging_together_needs_torch_distributed() -> None:
         (lambda: nn.VectorQuantizer(3, 4)(torch.randn(2, 5)), r"x: expected vectors of 3, got shape \[2, 5\]"),
         (lambda: nn.VectorQuantizer(3, 4, accept_image_fmap=True)(torch.randn(2, 3)), r"x: expected \[B, 3, H, W\]"),
         (lambda: nn.VectorQuantizer(3, 4)(torch.full((2, 3), torch.nan)), "x: expected finite"),
-        (lambda: nn.VectorQuantizer(3, 4).get_output_from_indices(torch.tensor([4])), "indices: expected 0 to 3"),
+        (lambda: nn.VectorQuantizer(3, 4).get_output_from_indices(torch.tensor([1, 4])), "indices: .* 0 to 3, got 4"),
+        (
+            lambda: nn.VectorQuantizer(3, 4, accept_image_fmap=True).get_output_from_indices(torch.tensor([1])),
+            r"indices: expected \[B, H, W\], got shape \[1\]",
+        ),
+        (lambda: nn.VectorQuantizer(3, 4)(torch.full((2, 3), 1e30)), "^x: expected squared distances .* float32"),
         (lambda: nn.VectorQuantizer(3, 4, learnable_codebook=True, threshold_ema_dead_code=2), "threshold_ema"),
     ],
 )
@@ -276,11 +284,55 @@ def test_an_empty_batch_changes_nothing(learnable: bool) -> None:
 def test_what_the_quantizer_refuses_when_made() -> None:
     with pytest.raises(ValueError, match="seed"):
         nn.VectorQuantizer(3, 4, seed=2**62)
-    with pytest.raises(TypeError, match="learnable_codebook"):
-        nn.VectorQuantizer(3, 4, learnable_codebook=1)
+    with pytest.raises(ValueError, match="eps"):
+        nn.VectorQuantizer(3, 4, eps=1e-50)
+    for name in ("learnable_codebook", "accept_image_fmap", "sync_codebook"):
+        with pytest.raises(TypeError, match=name):
+            nn.VectorQuantizer(3, 4, **{name: 1})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_named_as_the_callers(bad: float) -> None:
     with pytest.raises(ValueError, match=r"^x: expected finite values, .* in row 1"):
         nn.VectorQuantizer(3, 4)(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, bad]]))
+    layer = nn.VectorQuantizer(3, 4)
+    layer.codebook[2] = bad
+    with pytest.raises(ValueError, match=r"^codebook: expected finite values, .* in row 2$"):
+        layer(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_entry_itself_comes_out(dtype: torch.dtype, training: bool) -> None:
+    """However far x is from it: no rounding to the precision of x."""
+    layer = nn.VectorQuantizer(3, 5).train(training)
+    before = layer.codebook.clone()
+    out = layer(1e7 * torch.randn(40, 3).to(dtype))
+    assert torch.equal(out.quantized, before[out.indices].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_averages_of_a_half_module_stay_in_float32(dtype: torch.dtype) -> None:
+    """In float16 the counts of a large batch overflow, in bfloat16 the last steps of a slow average are lost."""
+    layer = nn.VectorQuantizer(2, 4, decay=0.999, eps=1e-3)
+    half = torch.nn.Sequential(nn.VectorQuantizer(2, 4, decay=0.999, eps=1e-3)).to(dtype)
+    layer.load_state_dict(half[0].state_dict())
+    for n in (200_000, *[64] * 50):
+        x = torch.randn(n, 2).to(dtype)
+        half(x)
+        layer.codebook.copy_(layer.codebook.to(dtype))
+        layer(x)
+    assert half[0].codebook.dtype == dtype
+    torch.testing.assert_close(half[0].cluster_size, layer.cluster_size, rtol=1e-5, atol=0)
+    torch.testing.assert_close(half[0].codebook, layer.codebook.to(dtype))
+
+
+def test_the_codebook_s_gradient_adds_in_a_fixed_order_on_a_gpu_too() -> None:
+    """Where index_add is atomic."""
+    layer = nn.VectorQuantizer(3, 4, learnable_codebook=True)
+    loss = layer(torch.randn(50, 3)).loss
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        loss.backward()
+    ran = {event.key for event in found.key_averages()}
+    assert "aten::embedding_dense_backward" in ran
+    assert not any("index_add" in name for name in ran)
