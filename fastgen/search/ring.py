@@ -35,7 +35,8 @@ def ring_nearest(
         the other by rank, masked ones too.
 
     Raises:
-        TypeError, ValueError: bad input, on every process, naming the rank that has it.
+        TypeError, ValueError: bad input, on every process, naming the rank that has it; a shard of which k rows, or all
+            where it has fewer, do not lie within float32 (3.4e38) of some query, though another's may.
         RuntimeError: no process group; a process that died, or that sent nothing within the group's time-out.
 
     Notes:
@@ -171,7 +172,7 @@ def _search(ring: _Ring, query: Tensor, database: Tensor, ids: Tensor, best: Nea
     try:
         found = nearest(query, database, min(k, len(database)))
     except ValueError as error:  # beyond float32
-        ring.problem = str(error)
+        ring.problem = str(error).replace("query, database", "query_shard, database_shard")
         return best
     return merged(best, Nearest(found.distance, ids[found.index]), k)
 

@@ -1,5 +1,8 @@
 """Exact nearest neighbours over a pool that is never whole in memory."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,7 +44,8 @@ class StreamingNearest:
             is kept. Default False; no difference on the CPU.
 
     Raises:
-        TypeError, ValueError: as `functional.nearest`; `update` refuses a chunk of another dtype, width or device.
+        TypeError, ValueError: as `functional.nearest`; `update` refuses a chunk of another dtype, width or device, and
+            one of which no row lies within float32 (3.4e38) of some query, though another chunk's may.
 
     Notes:
         The minimum of (distance, id) is associative, so that any chunks in any order give the bits of one
@@ -138,23 +142,33 @@ class StreamingNearest:
             return self._query
         return torch.from_numpy(np.array(self._array[rows])).to(self._device)  # a copy: memory maps are read-only
 
+    @contextlib.contextmanager
+    def _named(self, rows: slice, chunk: Tensor) -> Iterator[None]:
+        """An error of `nearest` in the names and numbers of here: it knows a block of the queries alone."""
+        try:
+            yield
+        except ValueError as error:
+            for name, points, first in (("query", self._load(rows), rows.start), ("chunk", chunk, 0)):
+                bad = (~check.finite_rows(points)).nonzero()
+                if len(bad):
+                    row = first + int(bad[0, 0])
+                    raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}") from None
+            raise ValueError(str(error).replace("database", "chunk")) from None
+
     def _search(self, chunk: Tensor, start: int) -> None:
         mask = None
         if self._radius is not None and len(self._blocks) > 1:
-            if not check.finite_rows(chunk).all():
-                raise ValueError("chunk: expected finite values, got NaN or infinity")
             mask = torch.ones(len(chunk), dtype=torch.bool, device=chunk.device)
             for rows in self._blocks:
-                mask &= ~rejected(self._load(rows), chunk, self._radius)
+                with self._named(rows, chunk):
+                    mask &= ~rejected(self._load(rows), chunk, self._radius)
         best = []  # taken over as a whole: a chunk that is refused at a later block leaves no trace
         for rows in self._blocks if mask is None or mask.any() else ():
-            try:
+            with self._named(rows, chunk):
                 if self._radius is None or mask is not None:
                     found = nearest(self._load(rows), chunk, mask=mask)
                 else:
                     found = nearest_or_none(self._load(rows), chunk, self._radius)
-            except ValueError as error:
-                raise ValueError(str(error).replace("database", "chunk")) from None  # what it is called here
             found = Nearest(found.distance, torch.where(found.distance.isinf(), _LAST, found.index + start))
             best.append((rows, merged(Nearest(self._best.distance[rows], self._best.index[rows]), found, 1)))
         for rows, one in best:

@@ -158,7 +158,7 @@ def test_bad_input_is_told_to_all(tmp_path, run):
     ]
     assert lines[: len(expected)] == expected
     assert lines[len(expected)].startswith(
-        "ValueError: rank 0: query, database: expected squared distances within float32"
+        "ValueError: rank 0: query_shard, database_shard: expected squared distances within float32"
     )
 
 

@@ -127,6 +127,21 @@ def test_refuses():
         stream.update(torch.full((2, 4), torch.nan))
 
 
+@pytest.mark.parametrize("radius", [None, 0.5])
+@pytest.mark.parametrize("block", [4, 64])
+def test_rows_of_queries_on_disk_are_numbered_as_the_caller_has_them(radius, block):
+    query, chunk = np.zeros((10, 3), dtype=np.float32), torch.ones(5, 3)
+    stream = StreamingNearest(query, exclude_radius=radius, block=block)
+    chunk[2, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"^chunk: expected finite values, got NaN or infinity in row 2$"):
+        stream.update(chunk)
+    with pytest.raises(ValueError, match=r"^query, chunk: expected squared distances within float32"):
+        stream.update(torch.full((5, 3), 1e25))
+    query[7, 2] = np.nan
+    with pytest.raises(ValueError, match=r"^query: expected finite values, got NaN or infinity in row 7$"):
+        stream.update(torch.ones(5, 3))
+
+
 def test_a_refused_chunk_leaves_no_trace():
     query, chunk = torch.randn(4, 3), torch.randn(5, 3)
     stream = StreamingNearest(query)
