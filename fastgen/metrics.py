@@ -14,6 +14,22 @@ from fastgen.functional import Polynomial, mmd, nearest
 from fastgen.functional.nearest import distances
 
 
+def _features(real: Tensor, fake: Tensor, *, least: int = 1, finite: bool = False) -> None:
+    check.tensor("real", real, ndim=(2,))
+    check.tensor("fake", fake, ndim=(2,))
+    check.same("fake", fake, "real", real)
+    if real.shape[1] == 0:
+        raise ValueError(f"real: expected shape [N, D >= 1], got {list(real.shape)}")
+    if fake.shape[1] != real.shape[1]:
+        raise ValueError(f"fake: expected shape [M, {real.shape[1]}] to go with real, got {list(fake.shape)}")
+    for name, points in (("real", real), ("fake", fake)):
+        if len(points) < least:
+            raise ValueError(f"{name}: expected at least {least} points, got {len(points)}")
+        bad = (~check.finite_rows(points)).nonzero()
+        if finite and len(bad):
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {int(bad[0, 0])}")
+
+
 @torch.no_grad()
 def kid(real: Tensor, fake: Tensor) -> float:
     """Kernel distance: the unbiased MMD² with the kernel (⟨x, y⟩/D + 1)³ over all pairs, without subsets.
@@ -22,6 +38,7 @@ def kid(real: Tensor, fake: Tensor) -> float:
 
     Source: Bińkowski et al., Demystifying MMD GANs, ICLR 2018; the original averages over subsets of 1,000.
     """
+    _features(real, fake, least=2)
     return float(mmd(real, fake, kernel=Polynomial(degree=3, gamma=None, coef=1.0), estimator="unbiased"))
 
 
@@ -45,13 +62,9 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
 
     Source: Kynkäänniemi et al., NeurIPS 2019; Naeem et al., ICML 2020.
     """
-    check.tensor("real", real, ndim=(2,))
-    check.tensor("fake", fake, ndim=(2,))
-    check.same("fake", fake, "real", real)
+    _features(real, fake, finite=True)
     k = check.integer("k", k, least=1)
     block = check.integer("block", block, least=1)
-    if fake.shape[1] != real.shape[1]:
-        raise ValueError(f"fake: expected shape [M, {real.shape[1]}] to go with real, got {list(fake.shape)}")
     for name, points in (("real", real), ("fake", fake)):
         if len(points) <= k:
             raise ValueError(f"{name}: expected more than k = {k} points, got {len(points)}")
@@ -99,9 +112,7 @@ def two_sample(real: Tensor, fake: Tensor, k: int = 1) -> TwoSample:
     Source: Lopez-Paz and Oquab, Revisiting Classifier Two-Sample Tests, ICLR 2017; Xu et al., An empirical study on
     evaluation metrics of generative adversarial networks, 2018.
     """
-    check.tensor("real", real, ndim=(2,))
-    check.tensor("fake", fake, ndim=(2,))
-    check.same("fake", fake, "real", real)
+    _features(real, fake, finite=True)
     k = check.integer("k", k, least=1)
     if k % 2 == 0:
         raise ValueError(f"k: expected an odd number, got {k}")

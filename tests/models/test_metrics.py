@@ -136,6 +136,25 @@ def test_bad_arguments_are_named() -> None:
             metrics.manifold(*arguments)
     with pytest.raises(ValueError, match="block:"):
         metrics.manifold(x, x, 2, block=0)
+    bad = torch.cat([x[:8], torch.full((1, 3), torch.nan)])
+    for metric in (metrics.kid, lambda real, fake: metrics.manifold(real, fake, 2), metrics.two_sample):
+        for real, fake, says in (
+            (x, x[:, :2], "fake: expected shape"),
+            (x[:, :0], x[:, :0], "real: expected shape"),
+            (x[None], x[None], "real: expected 2 dimensions"),
+            (x, x[:1], "fake: expected"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                metric(real, fake)
+        with pytest.raises(TypeError, match="fake: expected the dtype of real"):
+            metric(x, x.double())
+        if metric is metrics.kid:  # NaN in, NaN out
+            assert np.isnan(metric(x, bad))
+            continue
+        with pytest.raises(ValueError, match="real: expected finite values, got NaN or infinity in row 8"):
+            metric(bad, x)
+        with pytest.raises(ValueError, match="fake: expected finite values, got NaN or infinity in row 8"):
+            metric(x, bad)
     for logits in (x[0], x * torch.nan, x[:0]):
         with pytest.raises(ValueError, match="logits:"):
             metrics.certainty(logits)
