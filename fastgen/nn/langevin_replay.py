@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +77,9 @@ class ReplayBuffer(nn.Module):
         )
         if not self.low < self.high:
             raise ValueError(f"value_range: expected low < high, got {value_range!r}")
+        apart = np.float32(self.low) < np.float32(self.high)
+        if not (apart and self.high - self.low >= torch.finfo(torch.float32).tiny):
+            raise ValueError(f"value_range: expected low < high in float32, got {value_range!r}")
         check.number("value_range: high - low", self.high - self.low, dtype=torch.float32)
         if dtype not in (torch.float32, torch.bfloat16, torch.uint8):
             raise TypeError(f"dtype: expected float32, bfloat16 or uint8, got {dtype}")

@@ -157,6 +157,12 @@ def test_a_resumed_run_goes_on_identically(dtype: torch.dtype) -> None:
         ({"reinit_probability": 1.5}, ValueError, "reinit_probability: expected a finite number >= 0.0 and <= 1.0"),
         ({"init": "data"}, ValueError, "init: expected one of 'uniform', 'normal', got 'data'"),
         ({"value_range": (1.0, 1.0)}, ValueError, "value_range: expected low < high, got (1.0, 1.0)"),
+        (
+            {"value_range": (1.0, 1 + 1e-12)},
+            ValueError,
+            "value_range: expected low < high in float32, got (1.0, 1.0000",
+        ),
+        ({"value_range": (0.0, 1e-50)}, ValueError, "value_range: expected low < high in float32, got (0.0, 1e-50)"),
         ({"shape": 3}, TypeError, "shape: expected a tuple of sizes, got int 3"),
         ({"value_range": 1.0}, TypeError, "value_range: expected a tuple of (low, high), got float 1.0"),
         ({"value_range": (1.0,)}, ValueError, "value_range: expected (low, high), got (1.0,)"),
