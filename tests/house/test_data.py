@@ -158,3 +158,25 @@ def test_sixteen_bits_are_not_cut_at_eight(tmp_path: Path) -> None:
     every = torch.cat([found.train, found.test]).flatten().sort().values
     expected = torch.from_numpy((pixels.astype(np.float32) / np.float32(65535)).flatten()).sort().values
     assert torch.equal(every, expected)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_path_object_and_no_rows_of_it(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((20, 3, 4), dtype=dtype))
+    stored = data.load(tmp_path / "a.npy", on_disk=True)
+    assert stored.name == str(tmp_path / "a.npy")
+    for none in (slice(5, 2), torch.empty(0, dtype=torch.int64)):
+        assert stored.train[none].shape == (0, 1, 3, 4)
+        assert stored.train[none].dtype == torch.float32
+    with pytest.raises(TypeError, match="source: expected a name or a path, got int 3"):
+        data.load(3)  # type: ignore[arg-type]
+
+
+def test_another_default_device_splits_alike(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((20, 3, 4)))
+    loads = [lambda: data.load("digits"), *(lambda d=d: data.load(tmp_path / "a.npy", on_disk=d) for d in (0, 1))]
+    for load in loads:
+        before = load()
+        with torch.device("meta"):
+            after = load()
+        assert torch.equal(before.test[:], after.test[:])
