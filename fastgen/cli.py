@@ -68,7 +68,8 @@ def train(argv: list[str]) -> None:
 
     model, images, parsed, options = _training("train", argv, MODELS)
     model.fit(images, parsed.out, resume=parsed.resume, trainer=options)
-    print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
+    if os.environ.get("RANK", "0") == "0":  # torchrun's: each of its processes comes here
+        print(f"{parsed.out}: trained; `fastgen evaluate {parsed.out}` measures it")
 
 
 def compare(argv: list[str]) -> None:

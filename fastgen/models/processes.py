@@ -46,7 +46,8 @@ def joined() -> Iterator[dict[str, Any]]:
 
 
 def lead(action: Callable[[], T], follow: Callable[[], T]) -> T:
-    """`action()` in the first process, then `follow()` in the others; a UserError of the first is everybody's."""
+    """`action()` in the first process, then `follow()` in the others; a UserError or OSError of the first is
+    everybody's."""
     if size() == 1:
         return action()
     told: list[str | None] = [None]
@@ -54,7 +55,7 @@ def lead(action: Callable[[], T], follow: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             result = action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             told = [str(error)]
     dist.broadcast_object_list(told, src=0)
     if told[0] is not None:

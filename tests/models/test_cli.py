@@ -107,6 +107,15 @@ def test_a_run_that_is_damaged_is_told(run: Path, tmp_path: Path, capsys: pytest
     assert main(["train", "glann", "--data", "digits", "--out", str(out), *SMALL]) == 0
 
 
+def test_samples_that_find_no_room_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "a.part.npy").symlink_to("/dev/full")
+    assert main(["sample", str(run), f"--out={tmp_path / 'a.npy'}", "--n=3"]) == 2
+    assert "a.part.npy cannot be written: " in capsys.readouterr().err
+    assert not (tmp_path / "a.npy").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

@@ -359,7 +359,13 @@ def test_two_processes_train_and_a_changed_number_of_processes_is_told(
     flags += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     train = ["train", "imle", f"--data={npy}", *flags]
     code = f"from fastgen.cli import main; assert main({[*train, f'--out={out}']!r}) == 0"
-    assert [done.returncode for done in run_apart(code, 2)] == [0, 0]
+    both = run_apart(code, 2)
+    assert [done.returncode for done in both] == [0, 0]
+    assert sum(done.stdout.count(f"{out}: trained") for done in both) == 1
+    code = f"from fastgen.cli import main; assert main({[*train, f'--out={npy}/below']!r}) == 2"
+    for done in run_apart(code, 2):  # a folder that cannot be made is told by both, and none is left waiting
+        assert done.returncode == 0
+        assert f"Not a directory: '{npy}/below'" in done.stderr
     from fastgen.cli import main
 
     assert main([*train, f"--out={tmp_path / 'one'}"]) == 0
