@@ -153,6 +153,14 @@ def _state(name: str, x: Any) -> None:
         raise ValueError(f"{name}: expected [C, ...] with chains in dimension 0, got a 0-d tensor")
     if x.numel() > _ELEMENTS and math.prod(x.shape[1:]) > _ELEMENTS:
         raise ValueError(f"{name}: expected at most 2**34 elements a chain, got shape {list(x.shape)}")
+    _written(name, x)
+
+
+def _written(name: str, value: Tensor) -> None:
+    if not torch.compiler.is_compiling() and value.is_neg():  # the imaginary part of a conjugate
+        raise ValueError(
+            f"{name}: expected a tensor to write to, got a view with its signs turned; resolve_neg() copies"
+        )
 
 
 def _like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -294,6 +302,7 @@ def _statistics(stats: Any, x: Tensor) -> None:
         raise ValueError(f"stats: expected the device of x, {x.device}, got {stats.device}")
     if torch.is_grad_enabled() and stats.requires_grad:
         raise RuntimeError("stats: langevin_step_ is not differentiable; detach it")
+    _written("stats", stats)
 
 
 def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
@@ -306,6 +315,7 @@ def _lookahead(lookahead: Any, x: Tensor) -> tuple[float, Tensor]:
         raise ValueError("lookahead[1]: expected memory of its own, got x's")
     if torch.is_grad_enabled() and out.requires_grad:
         raise RuntimeError("lookahead[1]: langevin_step_ is not differentiable; detach it")
+    _written("lookahead[1]", out)
     return beta, out
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgen import check
-from fastgen.functional.langevin import _key, _like, _scales, _state
+from fastgen.functional.langevin import _key, _like, _scales, _state, _written
 from fastgen.ops import langevin_mala as _ops
 from fastgen.reference.langevin import PURPOSE_DECIDE, PURPOSE_FRESH
 
@@ -69,6 +69,8 @@ def langevin_accept_(
     for name, value in given.items():
         if torch.is_grad_enabled() and value.requires_grad:
             raise RuntimeError(f"{name}: langevin_accept_ is not differentiable; detach it")
+        if not name.startswith("proposal"):
+            _written(name, value)
     if noise_scale is not None and not isinstance(noise_scale, Tensor):
         check.number("noise_scale", noise_scale, above=0.0, dtype=torch.float64)
     step_sizes, noise_scales, scalars, _ = _scales(x, None, step_size, noise_scale, prior_scale, grad_clip)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -413,6 +414,26 @@ def test_memory_is_not_shared() -> None:
     columns = torch.ones(4, 2, 10)  # interleaved, but apart
     F.langevin_step_(columns[:, 0], columns[:, 1], **options)
     assert (columns[:, 1] == 1).all()
+
+
+def test_what_is_written_has_its_own_signs() -> None:
+    """Torch's dispatcher would write to a copy, or fail in words of its own; what is only read may be such a view."""
+    x, turned = torch.ones(4, 3), torch.ones(4, 3, dtype=torch.complex64).conj().imag
+    options: dict[str, Any] = {"step_size": 0.1, "seed": 1}
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("x", lambda: F.langevin_step_(turned, x, **options)),
+        ("stats", lambda: F.langevin_step_(x, x, stats=turned, **options)),
+        ("lookahead[1]", lambda: F.langevin_step_(x, x, lookahead=(0.1, turned), **options)),
+        ("x", lambda: F.langevin_accept_(turned, x, x[:, 0], x, x, x[:, 0], **options)),
+        ("grad", lambda: F.langevin_accept_(x, turned, x[:, 0], x, x, x[:, 0], **options)),
+        ("energy", lambda: F.langevin_accept_(x, x, turned[:, 0], x, x, x[:, 0], **options)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected a tensor to write to, got a view")):
+            call()
+    assert (x == 1).all()
+    read = F.langevin_step_(x.clone(), turned, **options)
+    assert torch.equal(read, F.langevin_step_(x.clone(), turned.resolve_neg(), **options))
 
 
 def test_a_prior_too_wide_to_matter_is_none() -> None:
