@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import _C, Tensor
 
+from fastgen import check
+
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that means something else by its operations
 forced: str | None = None
 
@@ -24,7 +26,12 @@ def extension() -> ModuleType | None:
     """`fastgen._C`, or None where it was not built."""
     if importlib.util.find_spec("fastgen._C") is None:
         return None
-    return importlib.import_module("fastgen._C")
+    module = importlib.import_module("fastgen._C")
+    try:
+        module.isa()  # reads FASTGEN_ISA at its first call
+    except ValueError as error:
+        raise check.UserError(f"FASTGEN_ISA: {str(error).removeprefix('isa: ')}") from None
+    return module
 
 
 @functools.cache

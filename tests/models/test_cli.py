@@ -1,7 +1,10 @@
 """The command line: the main job end to end on a small scale; a sentence or two and status 2 for each mistake."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -240,6 +243,15 @@ def test_info_names_a_kernel_for_each_family(capsys: pytest.CaptureFixture[str])
     for family in ("mmd", "langevin", "perceptual", "nearest"):
         assert f"  {family}: " in out
     assert "mmd: cpp (fastgen._C" in out
+
+
+def test_an_instruction_set_that_there_is_not_is_told() -> None:
+    environment = {**os.environ, "FASTGEN_ISA": "sse9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgen.cli", "info"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "fastgen: FASTGEN_ISA: expected baseline, avx2 or avx512, got sse9\n"
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
