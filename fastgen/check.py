@@ -83,7 +83,8 @@ def number(
 ) -> float:
     """A finite float within the bounds, finite in `dtype` too, of numpy's numbers too; `above` is exclusive."""
     if type(value) is not float and type(value) is not int:
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        duration = isinstance(value, np.timedelta64)  # to numpy an integer
+        if duration or isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name}: expected a number, got {describe(value)}")
         value = operator.index(value) if isinstance(value, (int, np.integer)) else float(value)
     if dtype is not None and torch.finfo(dtype).max < abs(value) < float("inf"):

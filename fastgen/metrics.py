@@ -25,9 +25,10 @@ def _features(real: Tensor, fake: Tensor, *, least: int = 1, finite: bool = Fals
     for name, points in (("real", real), ("fake", fake)):
         if len(points) < least:
             raise ValueError(f"{name}: expected at least {least} points, got {len(points)}")
-        bad = (~check.finite_rows(points)).nonzero()
-        if finite and len(bad):
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {int(bad[0, 0])}")
+        if finite:
+            bad = (~check.finite_rows(points)).nonzero()
+            if len(bad):
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {int(bad[0, 0])}")
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
             distance = distances(real[part], fake[other])  # rounded as the radii are: a tie there is one here
             hits[other] += (distance < real_radius[part, None]).sum(0)
             inside_fake[part] |= (distance < fake_radius[other]).any(1)
-    covered = nearest(real, fake).distance[:, 0] < real_radius
+    covered = _nearest(real, fake, 1)[:, 0] < real_radius
     return Manifold(
         precision=float((hits > 0).double().mean()),
         recall=float(inside_fake.double().mean()),
@@ -89,7 +90,15 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, *, block: int = 1024) -> Ma
 
 def _radius(points: Tensor, k: int) -> Tensor:
     """Squared distance to the k-th neighbour; the nearest of the k + 1 is the point itself or its double."""
-    return nearest(points, points, k + 1).distance[:, k]
+    return _nearest(points, points, k + 1)[:, k]
+
+
+def _nearest(query: Tensor, database: Tensor, k: int) -> Tensor:
+    """Squared distances; an error of `nearest` in the names of here."""
+    try:
+        return nearest(query, database, k).distance
+    except ValueError as error:
+        raise ValueError(str(error).replace("query, database", "real, fake")) from None
 
 
 class TwoSample(NamedTuple):
@@ -124,8 +133,8 @@ def two_sample(real: Tensor, fake: Tensor, k: int = 1) -> TwoSample:
 
 def _votes(own: Tensor, other: Tensor, k: int) -> Tensor:
     """Whether more than half of the k nearest to each point of `own`, itself not counted, are of its kind."""
-    near = nearest(own, own, k + 1).distance[:, 1:]  # of the k + 1 the first is the point itself or its double
-    both = torch.cat([nearest(own, other, k).distance, near], 1)
+    near = _nearest(own, own, k + 1)[:, 1:]  # of the k + 1 the first is the point itself or its double
+    both = torch.cat([_nearest(own, other, k), near], 1)
     kind = torch.arange(2 * k, device=own.device) >= k
     first = both.sort(dim=1, stable=True).indices[:, :k]
     return kind[first].sum(1) * 2 > k

@@ -157,8 +157,6 @@ class _Transformed(torch.autograd.Function):
 class _Twice(Function):
     """The kernel's gradient, and its meaning not before that is differentiated."""
 
-    jvp = staticmethod(_no_tangent)
-
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
         *tensors, kernel, ctx.meaning = given

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from fastgen import functional as F
 from fastgen import metrics, nn, search
 from fastgen.functional.langevin_mala import langevin_accept_
+from fastgen.models.frame import WFRAME
 from fastgen.models.frame_compare import CompareFRAME
 from fastgen.models.gmmn import GMMN
 from fastgen.models.imle_image import RSIMLE
@@ -81,6 +82,7 @@ def arguments(of: Of) -> Any:
         WAEMMD(latent_dim=of(3), lr=of(0.1), seed=of(4)),
         GMMN(hidden=(of(8), of(9)), drop=of(0.1), seed=of(4)),
         RSIMLE(radius=of(1.3), pool=of(3)),
+        WFRAME(beta=of(0.3)),
         CompareFRAME(seeds=of(1), beta=of(0.3), bound=of(2.5), options={"width": of(4), "step_size": of(0.1)}),
     )
     return [json.dumps(vars(model).get("arguments", vars(model).get("settings"))) for model in models]
@@ -139,6 +141,14 @@ def test_the_same_to_the_bit(name: str) -> None:
     for numpy_s, python_s in zip(*results, strict=True):
         assert type(numpy_s) is type(python_s)
         assert torch.equal(numpy_s, python_s) if isinstance(numpy_s, Tensor) else numpy_s == python_s
+
+
+def test_kernels_keep_pythons() -> None:
+    third = np.float32(1 / 3)
+    more = F.Polynomial(np.int64(2), third, third), F.IMQ([third], third), F.RationalQuadratic([third], third)  # type: ignore[arg-type]
+    for kernel in (*more, F.RBF([third]), F.Laplacian([third])):  # type: ignore[arg-type]
+        assert "np." not in repr(kernel)
+        assert hash(kernel) == hash(type(kernel)(**vars(kernel)))
 
 
 def test_sizes_of_a_compiled_graph_stay_free() -> None:

@@ -39,7 +39,7 @@ def test_number_out_of_range(bad: float) -> None:
 def test_number_and_integer() -> None:
     assert check.number("s", 1) == 1.0
     assert check.integer("k", 3, least=1) == 3
-    for bad in (True, "1", None, torch.tensor(1), np.bool_(True), np.array([1]), 1j):
+    for bad in (True, "1", None, torch.tensor(1), np.bool_(True), np.timedelta64(1), np.array([1]), 1j):
         with pytest.raises(TypeError, match="s: expected a number"):
             check.number("s", bad)
         with pytest.raises(TypeError, match="k: expected an integer"):

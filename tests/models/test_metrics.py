@@ -155,6 +155,8 @@ def test_bad_arguments_are_named() -> None:
             metric(bad, x)
         with pytest.raises(ValueError, match="fake: expected finite values, got NaN or infinity in row 8"):
             metric(x, bad)
+        with pytest.raises(ValueError, match="real, fake: expected squared distances within float32"):
+            metric(1e25 * x, 1e25 * x)
     for logits in (x[0], x * torch.nan, x[:0]):
         with pytest.raises(ValueError, match="logits:"):
             metrics.certainty(logits)

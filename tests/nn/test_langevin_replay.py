@@ -163,6 +163,7 @@ def test_a_resumed_run_goes_on_identically(dtype: torch.dtype) -> None:
             "value_range: expected low < high in float32, got (1.0, 1.0000",
         ),
         ({"value_range": (0.0, 1e-50)}, ValueError, "value_range: expected low < high in float32, got (0.0, 1e-50)"),
+        ({"value_range": (0.0, 1e-40)}, ValueError, "value_range: expected low < high in float32, got (0.0, 1e-40)"),
         ({"shape": 3}, TypeError, "shape: expected a tuple of sizes, got int 3"),
         ({"value_range": 1.0}, TypeError, "value_range: expected a tuple of (low, high), got float 1.0"),
         ({"value_range": (1.0,)}, ValueError, "value_range: expected (low, high), got (1.0,)"),
