@@ -39,6 +39,8 @@ class RowAdam(torch.optim.Optimizer):
         project: str | None = "sphere",
     ) -> None:
         lr = check.number("lr", lr, least=0)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {betas!r}")
         betas = check.number("betas", betas[0], least=0), check.number("betas", betas[1], least=0)
         if max(betas) >= 1:
             raise ValueError(f"betas: expected numbers below 1, got {betas}")

@@ -466,7 +466,8 @@ def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
 
 def _python(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(map(_python, value))
+        parts = map(_python, value)
+        return tuple(parts) if isinstance(value, tuple) else list(parts)  # a named tuple takes no iterator
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -165,8 +165,9 @@ def test_sizes_of_a_compiled_graph_stay_free() -> None:
 
 
 def test_numpy_numbers_in_a_list_of_options() -> None:
-    options = arguments_of({"a": np.int32(3), "b": (np.float64(0.5), [np.bool_(True)]), "c": None, "self": 1})
-    assert json.loads(json.dumps(options)) == {"a": 3, "b": [0.5, [True]], "c": None}
+    given = {"a": np.int32(3), "b": (np.float64(0.5), [np.bool_(True)]), "c": None, "d": metrics.Certainty(1, 2)}
+    options = arguments_of({**given, "self": 1})
+    assert json.loads(json.dumps(options)) == {"a": 3, "b": [0.5, [True]], "c": None, "d": [1, 2]}
 
 
 def test_pooling_made_with_them() -> None:

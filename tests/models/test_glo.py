@@ -93,8 +93,9 @@ def test_row_adam_refuses() -> None:
         RowAdam(table.parameters()).step()
     with pytest.raises(ValueError, match="project: expected one of 'sphere', 'ball', got 'cube'"):
         RowAdam(table.parameters(), project="cube")
-    with pytest.raises(ValueError, match="betas"):
-        RowAdam(table.parameters(), betas=(0.5, 1.0))
+    for betas in ((0.5, 1.0), (0.5,), (0.5, 0.9, 0.9), 0.5):
+        with pytest.raises(ValueError, match="betas: expected"):
+            RowAdam(table.parameters(), betas=betas)
 
 
 @pytest.mark.parametrize("space", ["sphere", "ball"])
