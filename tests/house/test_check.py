@@ -57,7 +57,9 @@ class Index:
         return 3
 
 
-@pytest.mark.parametrize("value", [np.int8(3), np.uint64(3), np.array(3), Third.THREE, Index()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [np.int8(3), np.uint64(3), np.array(3), Third.THREE, Index()], ids=lambda value: type(value).__name__
+)
 def test_whatever_is_an_index(value: object) -> None:
     found = check.integer("k", value, least=3, most=3)
     assert (found, type(found)) == (3, int)
