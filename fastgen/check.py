@@ -58,6 +58,14 @@ def finite_rows(value: Tensor) -> Tensor:
     return flat.mul(0).sum(1) == 0
 
 
+def finite(name: str, points: Tensor, first: int = 0) -> None:
+    """Every number of `points`, whose first row is the `first` of what is called `name`, is finite."""
+    bad = (~finite_rows(points)).nonzero()
+    if len(bad):
+        row = first + int(bad[0, 0])
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}") from None
+
+
 def same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """`value` has the dtype and device of `other`."""
     if value.dtype != other.dtype:

@@ -26,9 +26,7 @@ def _features(real: Tensor, fake: Tensor, *, least: int = 1, finite: bool = Fals
         if len(points) < least:
             raise ValueError(f"{name}: expected at least {least} points, got {len(points)}")
         if finite:
-            bad = (~check.finite_rows(points)).nonzero()
-            if len(bad):
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {int(bad[0, 0])}")
+            check.finite(name, points)
 
 
 @torch.no_grad()

@@ -188,14 +188,8 @@ class VectorQuantizer(nn.Module):
         try:
             return nearest(flat, self.codebook.detach().to(flat.dtype)).index[:, 0]
         except ValueError:
-            bad = flat.isfinite().all(1).logical_not().nonzero()
-            if len(bad):
-                raise ValueError(f"x: expected finite values, got NaN or infinity in row {int(bad[0])}") from None
-            bad = self.codebook.isfinite().all(1).logical_not().nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"codebook: expected finite values, got NaN or infinity in row {int(bad[0])}"
-                ) from None
+            check.finite("x", flat)
+            check.finite("codebook", self.codebook)
             raise ValueError("x: expected squared distances from the codebook within float32, got larger") from None
 
     @torch.no_grad()

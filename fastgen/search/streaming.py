@@ -148,11 +148,8 @@ class StreamingNearest:
         try:
             yield
         except ValueError as error:
-            for name, points, first in (("query", self._load(rows), rows.start), ("chunk", chunk, 0)):
-                bad = (~check.finite_rows(points)).nonzero()
-                if len(bad):
-                    row = first + int(bad[0, 0])
-                    raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}") from None
+            check.finite("query", self._load(rows), rows.start)
+            check.finite("chunk", chunk)
             raise ValueError(str(error).replace("database", "chunk")) from None
 
     def _search(self, chunk: Tensor, start: int) -> None:
