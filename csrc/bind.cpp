@@ -11,6 +11,7 @@
 #include "mmd_median.h"
 #include "nearest.h"
 #include "perceptual.h"
+#include "perceptual_conv.h"
 
 namespace py = pybind11;
 

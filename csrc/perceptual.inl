@@ -7,6 +7,7 @@
 constexpr int64_t TASK = 1 << 15;    // elements of one map in a task
 constexpr int64_t SERIAL = 1 << 14;  // elements of one map that do not pay for a second thread
 constexpr int64_t GROUP = 16;        // pixels in channels_last that stay in the nearest caches
+constexpr int64_t PAST = 4 << 20;    // bytes of a gradient that the second caches do not hold
 constexpr int64_t SPAN = 1024;       // pixels whose four numbers stay in the nearest cache, on the way back
 
 static int team(int64_t elements, int threads) {
@@ -192,14 +193,21 @@ static void lpips_layer_of(const LpipsLayer& k) {
 }
 
 // w (u0 − u1) scale0 − u0 along0 and, of the other side, w (u1 − u0) scale1 − u1 along1, times 2 grad / pixels.
-template <bool full, bool both, class S, class V, class T>
-static inline void slope(const S* f0, const S* f1, S* out0, S* out1, V a, V b, V along0, V along1, V weight, T each, int64_t left) {
+template <bool full, bool both, bool past, class S, class V, class T>
+static inline void slope(const S* f0, const S* f1, S* out0, S* out1, V a, V b, V along0, V along1, V weight, T each,
+                         int64_t left) {
     const V u = load<full>(f0, left) * a, v = load<full>(f1, left) * b, d = (u - v) * weight;
-    store<full>(out0, (d * a - u * along0) * each, left);
-    if (both) store<full>(out1, (d * b + v * along1) * -each, left);
+    const V slope0 = (d * a - u * along0) * each, slope1 = (d * b + v * along1) * -each;
+    if constexpr (past) {
+        store_past(out0, slope0);
+        if (both) store_past(out1, slope1);
+    } else {
+        store<full>(out0, slope0, left);
+        if (both) store<full>(out1, slope1, left);
+    }
 }
 
-template <class S, bool both, class T>
+template <class S, bool both, bool past, class T>
 static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, T each) {
     using V = typename Lanes<T>::V;
     constexpr int64_t step = Lanes<T>::count;
@@ -215,9 +223,9 @@ static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, 
             const V along0 = none + kept.along0[i], along1 = none + kept.along1[i];
             int64_t c = 0;
             for (; c + step <= k.c; c += step)
-                slope<true, both>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1, load(weight + c), each, step);
+                slope<true, both, past>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1, load(weight + c), each, step);
             if (c < k.c)
-                slope<false, both>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1,
+                slope<false, both, false>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1,
                                    load<false>(weight + c, k.c - c), each, k.c - c);
         }
         return;
@@ -226,11 +234,11 @@ static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, 
         const V w = none + weight[c];
         int64_t i = 0;
         for (; i + step <= size; i += step)
-            slope<true, both>(f0 + i, f1 + i, out0 + i, out1 + i, load(kept.scale0 + i), load(kept.scale1 + i),
+            slope<true, both, past>(f0 + i, f1 + i, out0 + i, out1 + i, load(kept.scale0 + i), load(kept.scale1 + i),
                               load(kept.along0 + i), load(kept.along1 + i), w, each, step);
         if (i < size) {
             const int64_t left = size - i;
-            slope<false, both>(f0 + i, f1 + i, out0 + i, out1 + i, load<false>(kept.scale0 + i, left),
+            slope<false, both, false>(f0 + i, f1 + i, out0 + i, out1 + i, load<false>(kept.scale0 + i, left),
                                load<false>(kept.scale1 + i, left), load<false>(kept.along0 + i, left),
                                load<false>(kept.along1 + i, left), w, each, left);
         }
@@ -238,14 +246,31 @@ static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, 
 }
 
 template <class S>
+static bool aligned(const void* out, int64_t row) {
+    return (reinterpret_cast<uintptr_t>(out) | uint64_t(row) * sizeof(S)) % VEC_BYTES == 0;
+}
+
+template <class S>
 static void lpips_slopes_of(const LpipsLayer& k) {
     using T = typename Wide<S>::T;
+    const int64_t row = k.last ? k.c : k.pixels;
+    const bool past = std::is_same<S, T>::value && k.n * k.c * k.pixels * int64_t(sizeof(S)) >= PAST &&
+                      aligned<S>(k.out0, row) && aligned<S>(k.out1, row);
     const int64_t blocks = (k.pixels + SPAN - 1) / SPAN;
 #pragma omp parallel for schedule(static) num_threads(team(k.n* k.c* k.pixels, k.threads))
     for (int64_t task = 0; task < k.n * blocks; ++task) {
         const int64_t n = task / blocks, first = task % blocks * SPAN, size = std::min(SPAN, k.pixels - first);
         const T each = T(2.0 / double(k.pixels)) * static_cast<const T*>(k.grad)[n];
-        k.out1 != nullptr ? slopes<S, true>(k, n, first, size, each) : slopes<S, false>(k, n, first, size, each);
+        if constexpr (std::is_same<S, T>::value) {
+            if (past) {
+                k.out1 != nullptr ? slopes<S, true, true>(k, n, first, size, each)
+                                  : slopes<S, false, true>(k, n, first, size, each);
+                fence();
+                continue;
+            }
+        }
+        k.out1 != nullptr ? slopes<S, true, false>(k, n, first, size, each)
+                          : slopes<S, false, false>(k, n, first, size, each);
     }
 }
 

@@ -30,4 +30,14 @@ void bind_perceptual(py::module_& m) {
             feature_distance(k);
         },
         py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "conv3x3",
+        [](uintptr_t x, uintptr_t mask, uintptr_t kernel, uintptr_t bias, uintptr_t y, int64_t n, int64_t h, int64_t w,
+           int64_t in, int64_t out, bool relu, int threads) {
+            const Conv3x3 k{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(mask),
+                            reinterpret_cast<const float*>(kernel), reinterpret_cast<const float*>(bias),
+                            reinterpret_cast<float*>(y), n, h, w, in, out, relu, threads};
+            conv3x3(k);
+        },
+        py::call_guard<py::gil_scoped_release>());
 }

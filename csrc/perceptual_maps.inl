@@ -63,6 +63,27 @@ static inline void store(Float16* p, Floats v) {
     put(p, __builtin_convertvector(sign | half, Shorts));
 }
 
+// Past the caches, where p is aligned to a vector: of what is too large to be found there again nothing is then read to be
+// overwritten. Before another thread may see it comes a `fence`.
+template <class T, class V>
+static inline void store_past(T* p, V v) {
+    float* const to = reinterpret_cast<float*>(p);
+#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
+    put(to, v);
+#elif VEC_BYTES == 64
+    __builtin_ia32_movntps512(to, (Floats)v);
+#elif VEC_BYTES == 32
+    __builtin_ia32_movntps256(to, (Floats)v);
+#else
+    __builtin_ia32_movntps(to, (Floats)v);
+#endif
+}
+static inline void fence() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    __builtin_ia32_sfence();
+#endif
+}
+
 // Of the `left` elements that there are; `full` says at compile time that there are enough.
 template <bool full, class S>
 static inline auto load(const S* p, int64_t left) {

@@ -1,35 +1,42 @@
 """The convolutions of our trunks: frozen ones pack their weights once, a first one takes the images' scaling along."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
+from fastgen.ops import perceptual_conv as ops
+
 
 class _Packed(torch.autograd.Function):
-    """A convolution of stride 1 with constant weights. The way back to the input is such a convolution too, with the
-    kernel turned round."""
+    """A convolution of stride 1 with constant weights, and a ReLU. The way back to the input is such a convolution too,
+    with the kernel turned round."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: "Conv") -> Tensor:
-        ctx.save_for_backward(conv.weight)
+    def forward(ctx: Any, x: Tensor, conv: "Conv", relu: bool) -> Tensor:
         ctx.conv = conv
-        return conv.packed(x, conv.weight, back=False)
+        y = conv.packed(x, conv.weight, back=False, relu=relu)
+        ctx.save_for_backward(conv.weight, y if relu else None)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors  # which raises where they were changed in between
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, y = ctx.saved_tensors  # which raises where they were changed in between
         # Asked for a second order, or for many gradients at once (is_grads_batched).
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
-            return tf.conv2d(grad, _turned(weight), padding=ctx.conv.padding_back), None
-        return ctx.conv.packed(grad, weight, back=True), None  # the module may have been given another since
+            grad = grad if y is None else grad * (y.detach() > 0)
+            return tf.conv2d(grad, _turned(weight), padding=ctx.conv.padding_back), None, None
+        # The module may have been given another weight since.
+        return ctx.conv.packed(grad, weight, back=True, mask=y), None, None
 
 
 def _turned(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
+mkldnn = torch.ops.mkldnn
 FEW = 16  # pixels of a map up to which a matrix product of its patches is faster than a convolution
 
 
@@ -39,6 +46,17 @@ def _patches(x: Tensor, kernel: tuple[int, ...], padding: list[int]) -> Tensor:
     n, h, w, c = x.shape
     size, (row, column) = (h - kernel[0] + 1, w - kernel[1] + 1), (w * c, c)
     return x.as_strided((n, *size, *kernel, c), (h * row, row, column, row, column, 1)).reshape(n, *size, -1)
+
+
+def _pack(weight: Tensor, way: str, padding: list[int], x: Tensor) -> Tensor:
+    if way == "transformed":
+        return ops.transformed(weight)
+    packed: Tensor
+    if way == "product":
+        packed = mkldnn._reorder_linear_weight(weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous())
+    else:
+        packed = mkldnn._reorder_convolution_weight(weight, padding, [1, 1], [1, 1], 1, list(x.shape))
+    return packed
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -62,12 +80,16 @@ def _tensor_cores(weight: Tensor) -> bool:
 
 
 class Conv(nn.Conv2d):
-    """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights packed once for oneDNN.
+    """A convolution that, frozen, runs float32 on the CPU in channels_last, by weights made ready once.
 
-    `nn.Conv2d` reorders its weights in every call, forward and back: a quarter of VGG16's time at 64x64 pixels. Packed
-    ones take their size again, and once more after a first backward pass. Anything else is left to `nn.Conv2d`. Change
-    weights under torch.no_grad(), as it should be: of what is written past autograd, to `weight.data` or its memory, 64
-    numbers tell, not each.
+    `nn.Conv2d` reorders its weights in every call, forward and back: a quarter of VGG16's time at 64x64 pixels. Kernels
+    of 3x3 go to our own convolution, which needs 4/9 of the products (off by 4e-7 of the result's norm for 512
+    channels; sums by 2e-7); transformed, they take 16/9 of their memory again, and as much after a first backward
+    pass. Others are packed for oneDNN. What is not frozen, float32, on the CPU is
+    left to `nn.Conv2d`. Change weights under torch.no_grad(), as it should be: of what is written past autograd, to
+    `weight.data` or its memory, 64 numbers tell, not each.
+
+    forward(x, relu=False): a ReLU that follows is taken along, both ways.
 
     On a GPU frozen weights are kept in channels_last.
     """
@@ -108,38 +130,67 @@ class Conv(nn.Conv2d):
             and torch.autograd.forward_ad._current_level < 0
         )
 
-    def packed(self, x: Tensor, weight: Tensor, back: bool) -> Tensor:
-        ops, weight = torch.ops.mkldnn, weight.detach()
+    def packed(self, x: Tensor, weight: Tensor, back: bool, relu: bool = False, mask: Tensor | None = None) -> Tensor:
+        weight = weight.detach()
         padding = self.padding_back if back else list(self.padding)
-        few = x.shape[2] * x.shape[3] <= FEW
-        packs: dict[tuple[bool, bool], tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
-        if (back, few) not in packs or not _same(weight, *packs[back, few][:3]):
-            plain = _turned(weight).contiguous() if back else weight
-            if few:
-                pack = ops._reorder_linear_weight(plain.permute(0, 2, 3, 1).reshape(plain.shape[0], -1).contiguous())
-            else:
-                pack = ops._reorder_convolution_weight(plain, padding, [1, 1], [1, 1], 1, list(x.shape))
-            packs[back, few] = (weight, weight._version, _sample(weight).clone(), pack)
-        pack = packs[back, few][3]
-        x = x.contiguous(memory_format=torch.channels_last)
+        turned = weight.transpose(0, 1) if back else weight
+        if ops.fits(x, turned, tuple(padding)):
+            way = "transformed"
+        else:
+            way = "product" if x.shape[2] * x.shape[3] <= FEW else "convolution"
+        packs: dict[tuple[bool, str], tuple[Any, ...]] = self.__dict__.setdefault("_packs", {})
+        if (back, way) not in packs or not _same(weight, *packs[back, way][:3]):
+            pack = _pack(_turned(weight).contiguous() if back else weight, way, padding, x)
+            packs[back, way] = (weight, weight._version, _sample(weight).clone(), pack)
+        pack = packs[back, way][3]
         bias = None if back else self.bias
+        if way == "transformed":
+            return ops.conv3x3(x, pack, bias, relu, mask)
+        if mask is not None:
+            x = torch.ops.aten.threshold_backward(x, mask, 0)
+        x = x.contiguous(memory_format=torch.channels_last)
         y: Tensor
-        if few:
-            y = ops._linear_pointwise(_patches(x, self.kernel_size, padding), pack, bias, "none", [], "")
-            return y.permute(0, 3, 1, 2).clone()  # in place of which a ReLU may write, as it may not of a view
-        y = ops._convolution_pointwise(x, pack, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
-        return y
+        if way == "product":
+            y = mkldnn._linear_pointwise(_patches(x, self.kernel_size, padding), pack, bias, "none", [], "")
+            y = y.permute(0, 3, 1, 2).clone()  # in place of which a ReLU may write, as it may not of a view
+        else:
+            y = mkldnn._convolution_pointwise(x, pack, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
+        return y.relu_() if relu else y  # oneDNN's own makes 0 of NaN
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_packs"}  # they cannot be copied
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.packs(x):
-            return super().forward(x)
-        if self.stride != (1, 1):  # a network's first: few weights
-            return super().forward(x.contiguous(memory_format=torch.channels_last))
-        y: Tensor = _Packed.apply(x, self)
-        return y
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        y: Tensor
+        if self.stride == (1, 1) and self.packs(x):
+            y = _Packed.apply(x, self, relu)
+            return y
+        if self.packs(x):  # a network's first: few weights
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = super().forward(x)
+        return y.relu_() if relu else y
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def takes_relu(module: nn.Module, relu: nn.Module | None = None) -> bool:
+    """Whether nobody sees what is between a convolution and the ReLU that follows it, which it then takes along."""
+    hooks = torch.nn.modules.module._has_any_global_hook()
+    for one in (module, relu):
+        hooks = hooks or (one is not None and any(map(vars(one).get, _HOOKS)))
+    return isinstance(module, Conv) and not hooks and not torch.compiler.is_compiling()
+
+
+def sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """One after the other."""
+    modules = list(modules)
+    for k, module in enumerate(modules):
+        if type(module) is nn.ReLU and k and takes_relu(modules[k - 1], module):
+            continue
+        after = modules[k + 1] if k + 1 < len(modules) else None
+        x = module(x, relu=True) if type(after) is nn.ReLU and takes_relu(module, after) else module(x)
+    return x
 
 
 def scaled(first: nn.Module, x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:

@@ -42,6 +42,26 @@ def test_every_isa(isa, dtype, shape, last):
     assert torch.equal(ops.lpips_layer(f0, f0.clone(), weight, 1e-10, False), torch.zeros(shape[0], dtype=dtype))
 
 
+@pytest.mark.parametrize("sides", [(112, 112), (111, 113)], ids=str)  # rows that begin with a vector, or do not
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_that_are_written_past_the_caches(isa, dtype, sides, last):
+    """Together they are; each of the images' own, of under 4 MiB, is not: to the bit the same."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (3, 32, *sides)
+    f0, f1 = (torch.randn(shape, dtype=dtype).relu().contiguous(memory_format=layout) for _ in "01")
+    weight, upstream = torch.rand(shape[1], dtype=dtype), torch.randn(shape[0], dtype=dtype)
+    whole = (*ops.lpips_layer_backward_both(upstream, f0, f1, weight, 1e-10, False),)
+    whole = (*whole, ops.lpips_layer_backward(upstream, f0, f1, weight, 1e-10, False))
+    assert f0.nbytes >= 1 << 22 > f0[0].nbytes
+    for k in range(shape[0]):
+        one = (upstream[k : k + 1], f0[k : k + 1], f1[k : k + 1], weight, 1e-10, False)
+        each = (*ops.lpips_layer_backward_both(*one), ops.lpips_layer_backward(*one))
+        for got, want in zip(whole, each, strict=True):
+            assert want.any()
+            assert torch.equal(got[k : k + 1], want)
+
+
 HALVES = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # their least subnormals
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fastgen.nn import LPIPS
-from fastgen.nn.trunks_conv import Conv, scaled
+from fastgen.nn.trunks_conv import Conv, scaled, sequence
 
-SHAPES = [(3, 64, 3, 1, 1), (5, 7, 5, 1, 2), (16, 8, 1, 1, 0), (4, 6, 3, 2, 0), (3, 9, 11, 4, 2), (4, 4, 3, 1, 0)]
+SHAPES = [(3, 64, 3, 1, 1), (16, 48, 3, 1, 1), (5, 7, 5, 1, 2), (16, 8, 1, 1, 0), (4, 6, 3, 2, 0), (3, 9, 11, 4, 2), (4, 4, 3, 1, 0)]
 
 
 def frozen(shape: tuple[int, ...]) -> Conv:
@@ -61,9 +61,51 @@ def test_small_maps_are_a_matrix_product_of_patches(shape, sides):
         (grad,) = torch.autograd.grad(y.relu_(), x, upstream)  # a network's ReLUs work in place
         (expected,) = torch.autograd.grad(want.relu(), x, upstream.double())
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
-    assert (False, True) in conv._packs
+    assert (False, "product") in conv._packs
     x = torch.randn(1, shape[0], 6, 6)  # and then a map that is not small
     torch.testing.assert_close(conv(x).double(), plain(conv, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 48, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("sides", [(4, 4), (12, 11)], ids=str)
+def test_a_relu_that_is_taken_along(shape, sides):
+    """Whatever makes the convolution: values, gradients, many gradients at once, what is not a number."""
+    conv = frozen(shape)
+    if min(sides) + 2 * shape[4] < shape[2]:
+        sides = (11, 11)
+    x = torch.randn(3, shape[0], *sides, requires_grad=True)
+    y, want = conv(x, relu=True), plain(conv, x).relu()
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(2, *want.shape)
+    (grads,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+    for one, grad in zip(upstream, grads, strict=True):
+        (expected,) = torch.autograd.grad(want, x, one.double(), retain_graph=True)
+        (alone,) = torch.autograd.grad(y, x, one, retain_graph=True)
+        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    assert conv(torch.full_like(x, float("nan")), relu=True).isnan().any()
+    conv.requires_grad_()
+    torch.testing.assert_close(conv(x, relu=True).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_is_that_of_its_modules():
+    """A ReLU behind a convolution is taken along, unless a hook would see that."""
+    modules = nn.Sequential(frozen((16, 32, 3, 1, 1)), nn.ReLU(inplace=True), nn.ReLU(), frozen((32, 16, 3, 1, 1)))
+    x = torch.randn(2, 16, 9, 8)
+    want = plain(modules[3], plain(modules[0], x).relu().float())
+    calls: list[str] = []
+    real = nn.ReLU.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda self, x: calls.append("relu") or real(self, x))
+        torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1
+        for hooked in (0, 1):
+            seen: list[torch.Tensor] = []
+            hook = modules[hooked].register_forward_hook(lambda module, x, y: seen.append(y.clone()))
+            torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
+            hook.remove()
+            assert bool((seen[0] < 0).any()) == (hooked == 0)
+        assert len(calls) == 5
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 1, 1, 1), (3, 4, 3, 1, 4)], ids=str)
@@ -75,32 +117,38 @@ def test_a_padding_as_wide_as_the_kernel_is_not_packed(shape):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_twice_differentiable():
-    conv = frozen((3, 5, 3, 1, 1))
-    x = torch.randn(1, 3, 6, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("shape", [(3, 5, 3, 1, 1), (16, 32, 3, 1, 1), (16, 8, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_twice_differentiable(shape, relu):
+    conv = frozen(shape)
+    x = torch.randn(1, shape[0], 6, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(conv(x, relu=relu).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), x)
     leaf = x.detach().double().requires_grad_()
-    (grad64,) = torch.autograd.grad(plain(conv, leaf).square().sum(), leaf, create_graph=True)
+    made = plain(conv, leaf)
+    (grad64,) = torch.autograd.grad((made.relu() if relu else made).square().sum(), leaf, create_graph=True)
     (want,) = torch.autograd.grad(grad64.square().sum(), leaf)
     torch.testing.assert_close(second.double(), want, rtol=1e-4, atol=1e-3)
 
 
 def anew(conv: Conv) -> None:
     """Other weights where the old ones lay, as far as the allocator does that."""
+    shape = conv.weight.shape
     conv.weight = None
-    conv.weight = nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)
+    conv.weight = nn.Parameter(torch.randn(shape), requires_grad=False)
 
 
-def test_weights_that_change_are_packed_again():
-    conv = frozen((3, 8, 3, 1, 1))
-    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+@pytest.mark.parametrize(("channels", "width"), [(3, 8), (16, 32)])
+def test_weights_that_change_are_packed_again(channels, width):
+    conv = frozen((channels, width, 3, 1, 1))
+    shape = conv.weight.shape
+    x = torch.randn(1, channels, 8, 8, requires_grad=True)
     torch.autograd.grad(conv(x).sum(), x)
     for change in (
         lambda: conv.weight.mul_(2),
-        lambda: conv.load_state_dict({"weight": torch.randn(8, 3, 3, 3), "bias": torch.randn(8)}),
-        lambda: setattr(conv, "weight", nn.Parameter(torch.randn(8, 3, 3, 3), requires_grad=False)),
-        lambda: setattr(conv.weight, "data", torch.randn(8, 3, 3, 3)),
+        lambda: conv.load_state_dict({"weight": torch.randn(shape), "bias": torch.randn(width)}),
+        lambda: setattr(conv, "weight", nn.Parameter(torch.randn(shape), requires_grad=False)),
+        lambda: setattr(conv.weight, "data", torch.randn(shape)),
         lambda: conv.weight.data.mul_(2),  # past autograd
         lambda: anew(conv),
     ):
@@ -155,7 +203,7 @@ def test_where_nothing_is_packed():
         torch._C._set_mkldnn_enabled(enabled)
     assert "_packs" not in vars(conv)
     conv(x)
-    assert set(vars(conv)["_packs"]) == {(False, False)}
+    assert set(vars(conv)["_packs"]) == {(False, "convolution")}
 
 
 @pytest.mark.parametrize("padding", [0, 1])

@@ -1,0 +1,16 @@
+#include "perceptual_conv.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define FASTGEN_BODY "perceptual_conv.inl"
+#include "each_isa.h"
+
+namespace fastgen {
+
+void conv3x3(const Conv3x3& conv) { FASTGEN_DISPATCH(conv3x3, conv); }
+
+}  // namespace fastgen
