@@ -44,8 +44,8 @@ def conv3x3(x: Tensor, kernel: Tensor, bias: Tensor | None, relu: bool = False, 
     extension = backend.extension()
     assert extension is not None
     n, channels, h, w = x.shape
-    x, mask = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, mask))
-    assert x is not None
+    x = x.contiguous(memory_format=torch.channels_last)
+    mask = None if mask is None else mask.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     out = kernel.shape[1] * PANEL
     y = torch.empty((n, out, h, w), dtype=x.dtype, memory_format=torch.channels_last)

@@ -100,7 +100,8 @@ def test_what_is_not_finite(isa):
 
 
 def test_no_images():
-    assert ops.conv3x3(torch.empty(0, 16, 4, 4), ops.transformed(torch.randn(32, 16, 3, 3)), None).shape == (0, 32, 4, 4)
+    kernel = ops.transformed(torch.randn(32, 16, 3, 3))
+    assert ops.conv3x3(torch.empty(0, 16, 4, 4), kernel, None).shape == (0, 32, 4, 4)
 
 
 def test_where_it_serves():
