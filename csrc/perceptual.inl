@@ -223,10 +223,11 @@ static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, 
             const V along0 = none + kept.along0[i], along1 = none + kept.along1[i];
             int64_t c = 0;
             for (; c + step <= k.c; c += step)
-                slope<true, both, past>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1, load(weight + c), each, step);
+                slope<true, both, past>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1, load(weight + c), each,
+                                        step);
             if (c < k.c)
                 slope<false, both, false>(f0 + c, f1 + c, out0 + c, out1 + c, a, b, along0, along1,
-                                   load<false>(weight + c, k.c - c), each, k.c - c);
+                                          load<false>(weight + c, k.c - c), each, k.c - c);
         }
         return;
     }
@@ -235,12 +236,12 @@ static void slopes(const LpipsLayer& k, int64_t n, int64_t first, int64_t size, 
         int64_t i = 0;
         for (; i + step <= size; i += step)
             slope<true, both, past>(f0 + i, f1 + i, out0 + i, out1 + i, load(kept.scale0 + i), load(kept.scale1 + i),
-                              load(kept.along0 + i), load(kept.along1 + i), w, each, step);
+                                    load(kept.along0 + i), load(kept.along1 + i), w, each, step);
         if (i < size) {
             const int64_t left = size - i;
             slope<false, both, false>(f0 + i, f1 + i, out0 + i, out1 + i, load<false>(kept.scale0 + i, left),
-                               load<false>(kept.scale1 + i, left), load<false>(kept.along0 + i, left),
-                               load<false>(kept.along1 + i, left), w, each, left);
+                                      load<false>(kept.scale1 + i, left), load<false>(kept.along0 + i, left),
+                                      load<false>(kept.along1 + i, left), w, each, left);
         }
     }
 }

@@ -184,7 +184,7 @@ class _Fire(nn.Module):
 
 
 def _rectified(conv: Conv, x: Tensor) -> Tensor:
-    y: Tensor = conv(x, relu=True) if takes_relu(conv) else conv(x).relu_()
+    y: Tensor = conv(x, relu=True) if takes_relu(conv) else conv(x).relu()  # a hook may have kept it
     return y
 
 

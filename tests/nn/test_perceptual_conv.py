@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fastgen.nn import LPIPS
-from fastgen.nn.trunks_conv import Conv, scaled, sequence
+from fastgen.nn import trunk as nn_trunk
+from fastgen.nn.trunks_conv import Conv, scaled, sequence, takes_relu
+from fastgen.ops import backend
 
 SHAPES = [
     *((3, 64, 3, 1, 1), (16, 48, 3, 1, 1), (5, 7, 5, 1, 2), (16, 8, 1, 1, 0), (4, 6, 3, 2, 0), (3, 9, 11, 4, 2)),
@@ -103,12 +105,87 @@ def test_a_sequence_is_that_of_its_modules():
         torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
         assert len(calls) == 1
         seen: list[torch.Tensor] = []
-        for hooked in (0, 1):
-            hook = modules[hooked].register_forward_hook(lambda module, x, y: seen.append(y.clone()))
+
+        def keep(*given: object) -> None:
+            seen.append(given[-1].clone())
+
+        before = torch.nn.modules.module.register_module_forward_hook
+        for hook, negative in (
+            (lambda: modules[0].register_forward_hook(keep), True),
+            (lambda: modules[1].register_forward_hook(keep), False),
+            (lambda: before(lambda module, x, y: keep(y) if module is modules[0] else None), True),
+        ):
+            handle = hook()
             torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
-            hook.remove()
-        assert [bool((y < 0).any()) for y in seen] == [True, False]
-        assert len(calls) == 5
+            handle.remove()
+            assert bool((seen[-1] < 0).any()) == negative
+        for module in modules[:2]:
+            for register in (module.register_full_backward_hook, module.register_full_backward_pre_hook):
+                assert takes_relu(modules[0], modules[1])
+                handle = register(lambda *_: None)
+                assert not takes_relu(modules[0], modules[1])
+                handle.remove()
+        assert len(calls) == 7
+        modules[1].forward = lambda x: x.clamp(0, 1e9)  # of this one alone
+        torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
+        modules[1] = type("Other", (nn.ReLU,), {"forward": lambda self, x: x.relu() * 2})()
+        want = plain(modules[3], 2 * plain(modules[0], x).relu().float())
+        torch.testing.assert_close(sequence(modules, x).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_a_fire_see_what_is_before_its_relus():
+    torch.manual_seed(0)
+    trunk = nn_trunk("squeezenet1_1", "random")
+    fire = trunk.features[3]
+    x, seen = torch.rand(2, 3, 40, 40, requires_grad=True), []
+    (want,) = trunk(x, ("fire2",))
+    for conv in (fire.squeeze, fire.expand1x1, fire.expand3x3):
+        conv.register_forward_hook(lambda module, x, y: seen.append(y))
+        conv.register_full_backward_hook(lambda module, given, returned: seen.append(returned[0]))
+    (got,) = trunk(x, ("fire2",))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert all((y < 0).any() for y in seen)
+    got.sum().backward()
+    assert len(seen) == 6
+
+
+def test_a_map_that_is_written_to_is_noticed_on_the_way_back():
+    trunk = nn_trunk("vgg16", "random")
+    x = torch.rand(1, 3, 16, 16, requires_grad=True)
+    first, last = trunk(x, ("relu1_2", "relu2_1"))
+    first.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        last.sum().backward()
+
+
+def test_what_the_kernel_cannot_take_is_left_to_torch():
+    """Turned signs, a default device, a mode that watches, the reference forced, a bias that is none."""
+    conv, x = frozen((16, 32, 3, 1, 1)), torch.randn(2, 16, 9, 8)
+    want = plain(conv, x)
+    torch.testing.assert_close(conv(torch._neg_view(-x)).double(), want, rtol=1e-4, atol=1e-5)
+    with torch.device("meta"):
+        torch.testing.assert_close(conv(x).double(), want, rtol=1e-4, atol=1e-5)
+    assert set(conv._packs) == {(False, "convolution"), (False, "transformed")}
+    leaf = x.clone().requires_grad_()
+    y = conv(leaf, relu=True)
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, leaf, upstream, retain_graph=True)
+    y.register_hook(lambda g: torch._neg_view(-g))
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, upstream)[0], grad, rtol=1e-4, atol=1e-4)
+    del conv._packs
+    with backend.force("reference"):
+        torch.testing.assert_close(conv(x).double(), want, rtol=1e-4, atol=1e-5)
+    assert set(conv._packs) == {(False, "convolution")}
+    traced = torch.fx.experimental.proxy_tensor.make_fx(conv)(x)
+    torch.testing.assert_close(traced(2 * x).double(), plain(conv, 2 * x), rtol=1e-4, atol=1e-5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
+        y = conv(leaf, relu=True)
+    with pytest.raises(RuntimeError, match="mask: expected float32"):
+        y.sum().backward()
+    for bias in (torch.randn(1), torch.randn(32, dtype=torch.float64)):
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+        with pytest.raises(RuntimeError):
+            conv(x)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 1, 1, 1), (3, 4, 3, 1, 4)], ids=str)
