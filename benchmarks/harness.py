@@ -53,8 +53,9 @@ class Work:
     error: (result, expected) -> how far off; None is the greatest ‖result − expected‖ / ‖expected‖ of the tensors
     facts: (result, expected) -> more that its row says, such as the share of right indices
     series, size: works of one series differ in `size` alone, {"N": 4096, "D": 64}: a curve of the pictures
-    operations, moved: the arithmetic and the bytes that the mathematics asks for at the least, for the shares of what
-        the machine can do; a provider that does more of either reaches less
+    operations, moved: the arithmetic and the bytes that the mathematics, as it is written, asks for at the least, for
+        the shares of what the machine can do; a provider that does more of either reaches less, one that needs fewer
+        products (Winograd's convolutions) or narrower ones (nearest) more than all
     once: too long for quantiles
     """
 
