@@ -4,9 +4,10 @@
 //   Bᵀ = (1 0 −1 0 | 0 1 1 0 | 0 −1 1 0 | 0 1 0 −1),  G = (1 0 0 | ½ ½ ½ | ½ −½ ½ | 0 0 1),  Aᵀ = (1 1 1 0 | 0 1 −1 −1)
 //
 // for a kernel g and the 4x4 pixels d around a tile, the sum over input channels is a matrix product, tiles x in times
-// in x out, for each of the 16 places. The kernels come transformed. A task is some tiles and some output channels: its
-// transformed pixels stay in the second cache, the products of a pair of panels in it too, until they are summed up to
-// pixels. Each number is made in one order, whatever the tasks and the threads.
+// in x out, for each of the 16 places. The kernels come transformed. A task is some tiles and some output channels: their
+// pixels are transformed, then multiplied place by place, since one place's pixels stay in the second cache while its
+// kernels come from memory, once; last the products are summed up to pixels. Each number is made in one order, whatever
+// the tasks and the threads.
 //
 // Source: Lavin & Gray 2016, Fast Algorithms for Convolutional Neural Networks.
 
