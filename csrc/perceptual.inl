@@ -254,24 +254,23 @@ static bool aligned(const void* out, int64_t row) {
 template <class S>
 static void lpips_slopes_of(const LpipsLayer& k) {
     using T = typename Wide<S>::T;
+    constexpr bool whole = std::is_same<S, T>::value;  // halves are not written a vector at a time
     const int64_t row = k.last ? k.c : k.pixels;
-    const bool past = std::is_same<S, T>::value && k.n * k.c * k.pixels * int64_t(sizeof(S)) >= PAST &&
-                      aligned<S>(k.out0, row) && aligned<S>(k.out1, row);
+    const bool past = whole && k.n * k.c * k.pixels * int64_t(sizeof(S)) >= PAST && aligned<S>(k.out0, row) &&
+                      aligned<S>(k.out1, row);
     const int64_t blocks = (k.pixels + SPAN - 1) / SPAN;
 #pragma omp parallel for schedule(static) num_threads(team(k.n* k.c* k.pixels, k.threads))
     for (int64_t task = 0; task < k.n * blocks; ++task) {
         const int64_t n = task / blocks, first = task % blocks * SPAN, size = std::min(SPAN, k.pixels - first);
         const T each = T(2.0 / double(k.pixels)) * static_cast<const T*>(k.grad)[n];
-        if constexpr (std::is_same<S, T>::value) {
-            if (past) {
-                k.out1 != nullptr ? slopes<S, true, true>(k, n, first, size, each)
-                                  : slopes<S, false, true>(k, n, first, size, each);
-                fence();
-                continue;
-            }
+        if (past) {
+            k.out1 != nullptr ? slopes<S, true, whole>(k, n, first, size, each)
+                              : slopes<S, false, whole>(k, n, first, size, each);
+            fence();
+        } else {
+            k.out1 != nullptr ? slopes<S, true, false>(k, n, first, size, each)
+                              : slopes<S, false, false>(k, n, first, size, each);
         }
-        k.out1 != nullptr ? slopes<S, true, false>(k, n, first, size, each)
-                          : slopes<S, false, false>(k, n, first, size, each);
     }
 }
 

@@ -11,9 +11,9 @@
 //
 // Source: Lavin & Gray 2016, Fast Algorithms for Convolutional Neural Networks.
 
-constexpr int LANES = VEC_BYTES / 4;
-typedef float Floats __attribute__((vector_size(VEC_BYTES)));
+#include "perceptual_maps.inl"
 
+constexpr int LANES = Lanes<float>::count;
 constexpr int64_t PANEL = 16;  // output channels that lie together in `kernel`
 constexpr int PANELS = LANES == 16 ? 2 : 1;  // that are made at once, for
 constexpr int ROWS = LANES == 16 ? 14 : LANES == 8 ? 6 : 3;  // so many tiles: what the registers hold
@@ -21,13 +21,6 @@ constexpr int PLACES = 16;
 constexpr int64_t SUM = 128;  // products summed up at a time: of more the rounding would grow
 constexpr int64_t AHEAD = 64;  // rows of a panel that are fetched ahead, the first time it is read
 constexpr int64_t TILES = 128;  // of a task at most
-
-static inline Floats get(const float* p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline void put(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // [rows, in] times the panels' [in, 16] each, which `first` come from memory.
 template <int rows, int panels, bool first>
@@ -40,7 +33,7 @@ static void product(const float* a, int64_t a_pitch, const float* b, int64_t b_p
             if (first)
                 for (int j = 0; j < panels; ++j) __builtin_prefetch(b + j * b_pitch + (k + AHEAD) * PANEL);
             Floats v[width];
-            for (int j = 0; j < width; ++j) v[j] = get(b + j / vectors * b_pitch + k * PANEL + j % vectors * LANES);
+            for (int j = 0; j < width; ++j) v[j] = load(b + j / vectors * b_pitch + k * PANEL + j % vectors * LANES);
             for (int r = 0; r < rows; ++r) {
                 const Floats x = a[r * a_pitch + k] - Floats{};  // minus, so that nothing is computed
                 for (int j = 0; j < width; ++j) sum[r][j] += x * v[j];
@@ -49,7 +42,7 @@ static void product(const float* a, int64_t a_pitch, const float* b, int64_t b_p
         for (int r = 0; r < rows; ++r)
             for (int j = 0; j < width; ++j) {
                 float* const to = c + r * c_pitch + j * LANES;
-                put(to, begin == 0 ? sum[r][j] : get(to) + sum[r][j]);
+                store(to, begin == 0 ? sum[r][j] : load(to) + sum[r][j]);
             }
     }
 }
@@ -100,12 +93,12 @@ static void transform(const Tiles& tiles, int64_t first, int64_t count, const fl
         for (int64_t c = 0; c < k.in; c += LANES) {
             Floats d[PLACES];
             for (int p = 0; p < PLACES; ++p) {
-                d[p] = get(x[p] + c);
-                if (masked) d[p] = get(mask[p] + c) <= 0.0f ? Floats{} : d[p];  // NaN passes, as torch's does
+                d[p] = load(x[p] + c);
+                if (masked) d[p] = load(mask[p] + c) <= 0.0f ? Floats{} : d[p];  // NaN passes, as torch's does
             }
             for (int i = 0; i < 4; ++i) spread(d + i, 4);
             for (int i = 0; i < 4; ++i) spread(d + 4 * i, 1);
-            for (int p = 0; p < PLACES; ++p) put(to + (p * count + t) * pitch + c, d[p]);
+            for (int p = 0; p < PLACES; ++p) store(to + (p * count + t) * pitch + c, d[p]);
         }
     }
 }
@@ -120,17 +113,17 @@ static void gather(const Tiles& tiles, int64_t first, int64_t count, const float
             Floats half[2][4];
             for (int j = 0; j < 4; ++j) {
                 Floats m[4];
-                for (int i = 0; i < 4; ++i) m[i] = get(from + ((4 * i + j) * count + t) * width + c);
+                for (int i = 0; i < 4; ++i) m[i] = load(from + ((4 * i + j) * count + t) * width + c);
                 half[0][j] = m[0] + m[1] + m[2], half[1][j] = m[1] - m[2] - m[3];
             }
-            const Floats bias = k.bias == nullptr ? Floats{} : get(k.bias + channel + c);
+            const Floats bias = k.bias == nullptr ? Floats{} : load(k.bias + channel + c);
             for (int p = 0; p < 4; ++p) {
                 const int64_t pixel = at[4 * (p / 2 + 1) + p % 2 + 1];
                 if (pixel < 0) continue;
                 const Floats* h = half[p / 2];
                 Floats v = (p % 2 == 0 ? h[0] + h[1] + h[2] : h[1] - h[2] - h[3]) + bias;
                 if (k.relu) v = v < 0.0f ? Floats{} : v;  // NaN stays
-                put(k.y + pixel * k.out + channel + c, v);
+                store(k.y + pixel * k.out + channel + c, v);
             }
         }
     }

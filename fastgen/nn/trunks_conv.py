@@ -73,14 +73,14 @@ class Conv(nn.Conv2d):
         return {key: value for key, value in self.__dict__.items() if key != "_packs"}  # they cannot be copied
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        y: Tensor
-        if self.stride == (1, 1) and self.packs(x):
+        if not self.packs(x):
+            y = super().forward(x)
+        elif self.stride != (1, 1):  # a network's first: few weights
+            y = super().forward(x.contiguous(memory_format=torch.channels_last))
+        else:
             assert self.bias is not None
             ready: Ready = self.__dict__.setdefault("_packs", {})
             return frozen_convolution(x, self.weight, self.bias, self.padding, ready, relu)
-        if self.packs(x):  # a network's first: few weights
-            x = x.contiguous(memory_format=torch.channels_last)
-        y = super().forward(x)
         return y.relu_() if relu else y
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as tf
 
-from fastgen import _C
 from fastgen.ops import perceptual_conv as ops
 
 SHAPES = [  # n, h, w, in, out: odd sides, a side of 1, an odd number of panels, tasks of whole and of split channels
@@ -17,17 +16,6 @@ SHAPES = [  # n, h, w, in, out: odd sides, a side of 1, an odd number of panels,
     (5, 4, 4, 512, 96),
     (2, 33, 34, 32, 32),
 ]
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    before = _C.isa()
-    try:
-        _C.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.fixture
