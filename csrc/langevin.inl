@@ -4,39 +4,67 @@
 
 constexpr int64_t BLOCK = 4096;  // elements
 
-constexpr int SPARE = 8 * LANES;       // room behind a buffer of noise: two batches are written at a time
+constexpr int SPARE = 8 * LANES;  // room behind a buffer of noise: two batches are written at a time
+
+// Where the update will read: fetched while the noise is made, which leaves the memory idle.
+struct Ahead {
+    const char *x, *grad;
+    int64_t size;  // of an element, in bytes
+
+    void fetch(int64_t first, int64_t count) const {
+        for (int64_t at = first * size; at < (first + count) * size; at += 64) {
+            __builtin_prefetch(x + at, 1, 3);
+            __builtin_prefetch(grad + at, 0, 3);
+        }
+    }
+};
 
 // Normals of elements [first, first + count) of one chain; first is a multiple of 4.
-static void fill_chain(float* out, int64_t first, int64_t count, uint64_t chain, uint32_t step, const Keys& keys) {
+static void fill_chain(float* out, int64_t first, int64_t count, uint64_t chain, uint32_t step, const Keys& keys,
+                       const Ahead& ahead) {
     u32v group;
     for (int i = 0; i < LANES; ++i) group[lane_of(i)] = uint32_t(first / 4 + i);
     const u32v c1 = u32v{} + step, c2 = u32v{} + uint32_t(chain), c3 = u32v{} + uint32_t(chain >> 32);
     for (int64_t i = 0; i < count; i += 8 * LANES, group += 2 * uint32_t(LANES)) {
+        ahead.fetch(i, 8 * LANES);
         u32v counter[2][4] = {{group, c1, c2, c3}, {group + uint32_t(LANES), c1, c2, c3}};
         normals(counter, keys, out + i);
     }
 }
 
 // Normals of whole chains, packed; before that each takes a multiple of 4.
-static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, int64_t chains, const Keys& keys) {
-    const int64_t groups = (s.elements + 3) / 4, total = chains * groups;
-    int64_t chain = 0, group = 0;
-    for (int64_t done = 0; done < total; done += LANES) {
-        alignas(VEC_BYTES) uint32_t counter[3][LANES] = {};
-        for (int i = 0; i < LANES && chain < chains; ++i) {
-            const uint64_t id = s.chain_id ? s.chain_id[first_chain + chain] : first_chain + chain;
-            const int lane = lane_of(i);
-            counter[0][lane] = uint32_t(group), counter[1][lane] = uint32_t(id), counter[2][lane] = uint32_t(id >> 32);
-            if (++group == groups) group = 0, ++chain;
+static void fill_chains(float* out, const LangevinStep& s, int64_t first_chain, int64_t chains, const Keys& keys,
+                        const Ahead& ahead) {
+    const uint32_t groups = uint32_t((s.elements + 3) / 4), groups_on = LANES % groups, chains_on = LANES / groups;
+    u32v group, chain;  // of the next batch; the last chain's lanes may run on into chains that are not there
+    for (uint32_t i = 0, g = 0, c = 0; i < LANES; ++i) {
+        group[lane_of(i)] = g, chain[lane_of(i)] = c;
+        if (++g == groups) g = 0, ++c;
+    }
+    for (int64_t done = 0; done < chains * groups; done += 2 * LANES) {
+        ahead.fetch(4 * done, 8 * LANES);
+        u32v counter[2][4];
+        for (auto& c : counter) {
+            c[0] = group, c[1] = u32v{} + s.step;
+            c[2] = chain + uint32_t(first_chain);
+            c[3] = uint32_t(first_chain >> 32) - (u32v)(c[2] < chain);  // a true lane is −1
+            const auto id = [&](int i) -> uint64_t {
+                return s.chain_id[first_chain + std::min<int64_t>(chain[i], chains - 1)];
+            };
+            if (s.chain_id && chain[0] == chain[LANES - 1])
+                c[2] = u32v{} + uint32_t(id(0)), c[3] = u32v{} + uint32_t(id(0) >> 32);
+            else if (s.chain_id)
+                for (int i = 0; i < LANES; ++i) c[2][i] = uint32_t(id(i)), c[3][i] = uint32_t(id(i) >> 32);
+            group += groups_on;
+            const u32v next = (u32v)(group >= groups);
+            group -= next & groups;
+            chain += chains_on - next;
         }
-        u32v c[3];
-        std::memcpy(c, counter, sizeof c);
-        u32v whole[1][4] = {{c[0], u32v{} + s.step, c[1], c[2]}};
-        normals(whole, keys, out + 4 * done);
+        normals(counter, keys, out + 4 * done);
     }
     if (s.elements % 4 != 0)
         for (int64_t c = 1; c < chains; ++c)
-            for (int64_t i = 0; i < s.elements; ++i) out[c * s.elements + i] = out[c * 4 * groups + i];
+            for (int64_t i = 0; i < s.elements; ++i) out[c * s.elements + i] = out[c * 4 * int64_t(groups) + i];
 }
 
 template <class To, class From>
@@ -194,22 +222,24 @@ static int64_t pieces_of(const LangevinStep& s) { return is_cut(s) ? (s.elements
 template <class Body>
 static void partition(const LangevinStep& s, bool noisy, const Body& body) {
     const Keys keys(s.seed);
+    const int64_t size = s.type == Type::float64 ? 8 : s.type == Type::float32 ? 4 : 2;
     const bool cut = is_cut(s);
     const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4), pieces = pieces_of(s);
     const int64_t tasks = (s.chains + together - 1) / together * pieces;
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 32768)
     for (int64_t task = 0; task < tasks; ++task) {
         alignas(64) float noise[BLOCK + SPARE];
-        if (cut) {
-            const int64_t chain = task / pieces, first = task % pieces * BLOCK;
-            const int64_t count = std::min(BLOCK, s.elements - first);
-            if (noisy) fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys);
-            body(chain, 1, task % pieces, first, count, noisy ? noise : nullptr);
-        } else {
-            const int64_t chain = task * together, chains = std::min(together, s.chains - chain);
-            if (noisy) fill_chains(noise, s, chain, chains, keys);
-            body(chain, chains, 0, 0, s.elements, noisy ? noise : nullptr);
+        const int64_t chain = cut ? task / pieces : task * together, chains = cut ? 1 : std::min(together, s.chains - chain);
+        const int64_t first = cut ? task % pieces * BLOCK : 0, count = cut ? std::min(BLOCK, s.elements - first) : s.elements;
+        if (noisy) {
+            const int64_t offset = (chain * s.elements + first) * size;
+            const Ahead ahead{static_cast<const char*>(s.x) + offset, static_cast<const char*>(s.grad) + offset, size};
+            if (cut)
+                fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys, ahead);
+            else
+                fill_chains(noise, s, chain, chains, keys, ahead);
         }
+        body(chain, chains, cut ? task % pieces : 0, first, count, noisy ? noise : nullptr);
     }
 }
 
