@@ -1,4 +1,5 @@
 #include "langevin.h"
+#include "pages.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,10 +23,12 @@ namespace fastgen {
 
 // Chains without elements keep their statistics and proposals to the caller.
 void langevin(const LangevinStep& s) {
+    if (s.grad == nullptr) large_pages(s.x, s.chains * s.elements * bytes_of(s.type));
     if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin, s);
 }
 
 void langevin_words(const LangevinStep& s) {
+    large_pages(s.x, s.chains * s.elements * 4);
     if (s.chains > 0 && s.elements > 0) FASTGEN_DISPATCH(langevin_words, s);
 }
 

@@ -222,7 +222,7 @@ static int64_t pieces_of(const LangevinStep& s) { return is_cut(s) ? (s.elements
 template <class Body>
 static void partition(const LangevinStep& s, bool noisy, const Body& body) {
     const Keys keys(s.seed);
-    const int64_t size = s.type == Type::float64 ? 8 : s.type == Type::float32 ? 4 : 2;
+    const int64_t size = bytes_of(s.type);
     const bool cut = is_cut(s);
     const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4), pieces = pieces_of(s);
     const int64_t tasks = (s.chains + together - 1) / together * pieces;

@@ -1,4 +1,5 @@
 #include "mmd.h"
+#include "pages.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,6 @@
 // The second order of mmd.inl, compiled beside the first.
 #include "mmd.h"
+#include "pages.h"
 
 #include <algorithm>
 #include <cmath>

@@ -6,6 +6,7 @@ struct Buffer {
     explicit Buffer(int64_t count)
         : data(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64))) {
         if (data == nullptr) throw std::bad_alloc();
+        large_pages(data, count * int64_t(sizeof(T)));
     }
     ~Buffer() { std::free(data); }
     Buffer(const Buffer&) = delete;

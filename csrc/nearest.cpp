@@ -20,6 +20,7 @@
 // scan reads are transposed, a vector's worth at a time, so that no lanes are left to add up for each query.
 #include "nearest.h"
 #include "nearest_direct.h"
+#include "pages.h"
 
 #include <algorithm>
 #include <cmath>

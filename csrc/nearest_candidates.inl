@@ -13,7 +13,9 @@ template <class T>
 struct Aligned {  // uninitialised, on cache lines
     T* data;
     explicit Aligned(int64_t n)
-        : data(static_cast<T*>(::operator new(size_t(std::max<int64_t>(n, 1)) * sizeof(T), std::align_val_t(64)))) {}
+        : data(static_cast<T*>(::operator new(size_t(std::max<int64_t>(n, 1)) * sizeof(T), std::align_val_t(64)))) {
+        large_pages(data, n * int64_t(sizeof(T)));
+    }
     Aligned(const Aligned&) = delete;
     Aligned(Aligned&& other) noexcept : data(other.data) { other.data = nullptr; }
     ~Aligned() { ::operator delete(data, std::align_val_t(64)); }

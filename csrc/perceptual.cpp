@@ -1,3 +1,4 @@
+#include "pages.h"
 #include "perceptual.h"
 
 #include <algorithm>
@@ -21,8 +22,25 @@
 
 namespace fastgen {
 
-void lpips_layer(const LpipsLayer& layer) { FASTGEN_DISPATCH(lpips_layer, layer); }
-void lpips_project(const LpipsProject& layer) { FASTGEN_DISPATCH(lpips_project, layer); }
-void feature_distance(const FeatureDistance& vectors) { FASTGEN_DISPATCH(feature_distance, vectors); }
+namespace {
+
+int64_t bytes_of(MapType type) { return type == MapType::float64 ? 8 : type == MapType::float32 ? 4 : 2; }
+
+}  // namespace
+
+void lpips_layer(const LpipsLayer& layer) {
+    for (void* out : {layer.out0, layer.out1}) large_pages(out, layer.n * layer.c * layer.pixels * bytes_of(layer.type));
+    FASTGEN_DISPATCH(lpips_layer, layer);
+}
+
+void lpips_project(const LpipsProject& layer) {
+    if (layer.grad != nullptr) large_pages(layer.out, layer.n * layer.c * layer.pixels * bytes_of(layer.type));
+    FASTGEN_DISPATCH(lpips_project, layer);
+}
+
+void feature_distance(const FeatureDistance& vectors) {
+    large_pages(vectors.out, vectors.n * vectors.size * bytes_of(vectors.type));
+    FASTGEN_DISPATCH(feature_distance, vectors);
+}
 
 }  // namespace fastgen

@@ -1,3 +1,4 @@
+#include "pages.h"
 #include "perceptual_conv.h"
 
 #include <algorithm>
@@ -13,6 +14,9 @@
 
 namespace fastgen {
 
-void conv3x3(const Conv3x3& conv) { FASTGEN_DISPATCH(conv3x3, conv); }
+void conv3x3(const Conv3x3& conv) {
+    large_pages(conv.y, conv.n * conv.h * conv.w * conv.out * int64_t(sizeof(float)));
+    FASTGEN_DISPATCH(conv3x3, conv);
+}
 
 }  // namespace fastgen
