@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        further = "; --resume goes on from the last checkpoint" if argv[0] in ("train", "compare") else ""
+        out = _out(argv) if argv[0] in ("train", "compare") else None
+        begun = out is not None and [run for of in ("", "*/") for run in Path(out).glob(f"{of}run.json")]
+        further = "; --resume goes on from the last checkpoint" if begun else ""
         print(f"fastgen: interrupted{further}", file=sys.stderr)
         return 130
     return 0
@@ -53,7 +55,8 @@ def _parser(command: str, description: str) -> Any:
         from jsonargparse import ArgumentParser
     except ImportError:
         raise UserError(f"`fastgen {command}` needs the extra train: pip install 'fastgen[train]'") from None
-    return ArgumentParser(prog=f"fastgen {command}", description=description)
+    # Half a name would be taken for one whose other half --resume's stored arguments and `_out` do not look for.
+    return ArgumentParser(prog=f"fastgen {command}", description=description, allow_abbrev=False)
 
 
 def _quiet() -> None:
@@ -147,13 +150,18 @@ def _wants_resume(argv: list[str]) -> bool:
     return bool(said) and said[-1].lower() != "false"
 
 
+def _out(argv: list[str]) -> str | None:
+    """The run's folder; None where a --config file may name it."""
+    out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
+    return out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
+
+
 def _stored(name: str, argv: list[str]) -> list[str]:
     """The arguments of the run that is resumed, before those on the command line."""
     from fastgen.models.run import Run
 
-    out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
-    out = out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
-    if out is None:  # it may stand in a --config file, with all the rest
+    out = _out(argv)
+    if out is None:  # with all the rest, then
         return []
     if not (Path(out) / "run.json").exists():
         raise UserError(f"resume: {out} holds no run yet: leave --resume out to start one")

@@ -120,21 +120,38 @@ def test_samples_that_find_no_room_are_named(run: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "begun", "advice"),
     [
-        ("train", "fastgen: interrupted; --resume goes on from the last checkpoint\n"),
-        ("sample", "fastgen: interrupted\n"),
+        ("train", "run.json", "; --resume goes on from the last checkpoint"),
+        ("compare", "frame-0/run.json", "; --resume goes on from the last checkpoint"),
+        ("train", None, ""),
+        ("sample", "run.json", ""),
     ],
 )
 def test_interrupted(
-    command: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    begun: str | None,
+    advice: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stopped(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, command, stopped)
-    assert main([command]) == 130
-    assert capsys.readouterr().err == says
+    if begun is not None:
+        (tmp_path / begun).parent.mkdir(exist_ok=True)
+        (tmp_path / begun).write_text("{}")
+    assert main([command, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"fastgen: interrupted{advice}\n"
+
+
+def test_half_a_name_is_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "glann", "--data=digits", f"--out={tmp_path / 'run'}", "--res"])
+    assert "unrecognized arguments: --res" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_curves_of_one_epoch_and_of_losses_below_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
