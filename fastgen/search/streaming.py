@@ -77,10 +77,11 @@ class StreamingNearest:
         self._radius = None if exclude_radius is None else check.number("exclude_radius", exclude_radius, above=0)
         step = check.integer("block", block, least=1) if self._array is not None else max(n, 1)
         self._blocks = [slice(i, min(i + step, n)) for i in range(0, n, step)]
-        self._best = Nearest(
-            torch.full((n, 1), torch.inf, dtype=torch.float32, device=self._device),
-            torch.full((n, 1), _LAST, device=self._device),
-        )
+        with torch.inference_mode(False):  # what is made in that mode could be written to in it alone
+            self._best = Nearest(
+                torch.full((n, 1), torch.inf, dtype=torch.float32, device=self._device),
+                torch.full((n, 1), _LAST, device=self._device),
+            )
         self._next_id, self._rows = 0, 0
         self._stream = torch.cuda.Stream(self._device) if overlap and self._device.type == "cuda" else None
         self._waiting: tuple[Tensor, int, torch.cuda.Event] | None = None

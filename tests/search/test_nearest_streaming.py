@@ -152,3 +152,13 @@ def test_a_refused_chunk_leaves_no_trace():
     assert torch.equal(stream.update(chunk).result().index, F.nearest(query, chunk).index)
     with pytest.raises(ValueError, match="first_id"):
         stream.update(chunk, first_id=2**63 - 3)
+
+
+@pytest.mark.parametrize("inside", [(True, False), (False, True)])
+def test_made_and_updated_within_inference_mode_or_outside(inside):
+    query, database = torch.randn(4, 3), torch.randn(20, 3)
+    with torch.inference_mode(inside[0]):
+        stream = StreamingNearest(query).update(database[:10])
+    with torch.inference_mode(inside[1]):
+        found = stream.update(database[10:]).result()
+    assert torch.equal(found.index, F.nearest(query, database).index)
