@@ -10,6 +10,7 @@
 #include "mmd.h"
 #include "mmd_median.h"
 #include "nearest.h"
+#include "pages.h"
 #include "perceptual.h"
 #include "perceptual_conv.h"
 
@@ -25,6 +26,9 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of fastgen; private, called by fastgen.ops.";
     m.def("isa", &fastgen::isa_name, "The instruction set that the kernels run on.");
     m.def("set_isa", &fastgen::set_isa, "Choose a lesser instruction set (tests).");
+    m.def(
+        "large_pages", [](uintptr_t data, int64_t bytes) { fastgen::large_pages(reinterpret_cast<void*>(data), bytes); },
+        "For memory that is about to be written whole: pages.h.");
     bind_langevin(m);
     bind_mmd(m);
     bind_mmd_median(m);

@@ -169,6 +169,8 @@ def _nearest_distance(query: Tensor, database: Tensor, index: Tensor) -> Tensor:
     if chosen != "cpp" or module is None:
         return _measure(chosen)(query, database, index)
     distance = torch.empty(index.shape, dtype=torch.float32, device="cpu")
+    if database.element_size() == 2 and index.numel() < len(database):  # the rows that are asked for, widened
+        database, index = database[index.flatten()], torch.arange(index.numel(), device="cpu").view(index.shape)
     wide_query, wide_database, index = _wide(query), _wide(database), index.contiguous()
     module.nearest_distance(
         wide_query.data_ptr(),
@@ -190,7 +192,14 @@ def _nearest_rows(database: Tensor, index: Tensor) -> Tensor:
 
 def _wide(points: Tensor) -> Tensor:
     """Contiguous float32 or float64; the half types widen exactly."""
-    return points.to(torch.promote_types(points.dtype, torch.float32)).contiguous()
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    if points.dtype == dtype:
+        return points.contiguous()
+    module = backend.extension()
+    assert module is not None
+    wide = torch.empty(points.shape, dtype=dtype, device="cpu")
+    module.large_pages(wide.data_ptr(), wide.nbytes)
+    return wide.copy_(points)
 
 
 torch.library.impl("fastgen::nearest", "CPU", _nearest)
