@@ -98,6 +98,56 @@ def langevin_step_(
     return x
 
 
+class Steps:
+    """`langevin_step_` of the same x, seed and chains again and again: of a small state most of a step is checks, and
+    what does not change from step to step is looked at once."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        *,
+        prior_scale: float | None,
+        grad_clip: float | None,
+        clamp: tuple[float | None, float | None] | None,
+        seed: int | Tensor,
+        chain_id: Tensor | None,
+    ) -> None:
+        _state("x", x)
+        self._x, self._clamp, self._more = x, clamp, (prior_scale, grad_clip)
+        self._seed, self._chain_id = seed, chain_id
+        self._again = None
+        if not isinstance(seed, Tensor):
+            ids, _, _, number, _ = _key(x, seed, 0, chain_id)
+            self._again = _ops.repeated(x, ids, number)
+
+    def __call__(
+        self, grad: Tensor, step_size: float | Tensor, noise_scale: float | Tensor | None, step: int | Tensor
+    ) -> None:
+        x = self._x
+        if (
+            self._again is not None
+            and not (isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor) or isinstance(step, Tensor))
+            and type(grad) is Tensor
+            and grad.layout is torch.strided
+            and grad.dtype is x.dtype
+            and grad.shape == x.shape
+            and grad.is_cpu
+            and not grad.requires_grad
+            and grad.is_contiguous()
+            and _ops.runs_directly(grad)
+        ):
+            between = abs(x.data_ptr() - grad.data_ptr())
+            if between == 0 or between >= x.nbytes:
+                _, _, scalars, interval = _scales(x, self._clamp, step_size, noise_scale, *self._more)
+                return self._again(grad, step, (*scalars, *interval))
+        prior_scale, grad_clip = self._more
+        langevin_step_(
+            x, grad, step_size=step_size, noise_scale=noise_scale, prior_scale=prior_scale, grad_clip=grad_clip,
+            clamp=self._clamp, seed=self._seed, step=step, chain_id=self._chain_id,
+        )  # fmt: skip
+        return None
+
+
 def langevin_noise(
     like: Tensor | Sequence[int],
     *,

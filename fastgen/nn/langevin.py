@@ -129,7 +129,10 @@ class LangevinSampler(nn.Module):
         h, s = schedule[0] if schedule else (1.0, 1.0)
         probe = [1.0 if isinstance(value, Tensor) else value for value in (h, s)]
         x = torch.zeros(1, 1, dtype=torch.float64)
-        self._step(x, torch.zeros_like(x), *probe, seed=0, step=0)
+        langevin_step_(
+            x, torch.zeros_like(x), step_size=probe[0], noise_scale=probe[1], prior_scale=prior_scale,
+            grad_clip=grad_clip, clamp=clamp, seed=0,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         names = "step_size n_steps noise_scale prior_scale grad_clip clamp method burn_in thin on_divergence cuda_graph"
@@ -243,18 +246,6 @@ class LangevinSampler(nn.Module):
             columns.append(rows)
         return list(zip(*columns, strict=False))
 
-    def _step(self, x: Tensor, grad: Tensor, step_size: Any, noise_scale: Any, **key: Any) -> None:
-        langevin_step_(
-            x,
-            grad,
-            step_size=step_size,
-            noise_scale=noise_scale,
-            prior_scale=self.prior_scale,
-            grad_clip=self.grad_clip,
-            clamp=self.clamp,
-            **key,
-        )
-
     def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             state = x.detach().requires_grad_()
@@ -265,12 +256,24 @@ class LangevinSampler(nn.Module):
                 )
             grad = None
             if energy.requires_grad:
-                (grad,) = torch.autograd.grad(energy, state, torch.ones_like(energy), allow_unused=True)
+                grad = _grad(energy, state)
             if grad is None:
                 raise ValueError(
                     "energy(x): expected a function differentiable in x, got a result without a graph to x"
                 )
         return energy.detach(), grad
+
+
+def _grad(energy: Tensor, state: Tensor) -> Tensor | None:
+    """Of the sum of the energies. torch.autograd.grad looks its arguments over for a fifth of a small network's step:
+    between plain tensors it has nothing to find."""
+    ones = torch.ones_like(energy)
+    if type(energy) is type(state) is Tensor and not torch.compiler.is_compiling():
+        run = torch.autograd.graph._engine_run_backward
+        found: tuple[Tensor | None, ...] = run((energy,), (ones,), False, False, (state,), True, accumulate_grad=False)
+    else:
+        found = torch.autograd.grad(energy, state, ones, allow_unused=True)
+    return found[0]
 
 
 def _columns(schedule: list[tuple[Any, Any]]) -> list[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.check import finite_rows
+from fastgen.functional.langevin import Steps
 from fastgen.functional.langevin_mala import langevin_accept_
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class Chains:
             self.step.fill_(first)
         else:
             self.seed, self.step = seed, first
+        self.take_step = Steps(
+            self.proposal if self.mala else self.x, prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip,
+            clamp=sampler.clamp, seed=self.seed, chain_id=self.chain_id,
+        )  # fmt: skip
         self.found: Tensor | None = None  # [C, K]: the energies
         self.listed: list[Tensor] = []
 
@@ -153,15 +158,15 @@ class Chains:
     def advance(self, h: Any, s: Any, row: int = 0) -> None:
         sampler = self.sampler
         assert sampler is not None
-        key: dict[str, Any] = {"seed": self.seed, "step": self.step, "chain_id": self.chain_id}
         if self.mala:
             self.keep(self.energy, self.told, row)
             self.proposal.copy_(self.x)
-            sampler._step(self.proposal, self.grad, h, s, **key)
+            self.take_step(self.grad, h, s, self.step)
             energy, grad = self.gradient(self.proposal)
             log_alpha, accepted = langevin_accept_(
                 self.x, self.grad, self.energy, self.proposal, grad.contiguous(), energy, step_size=h, noise_scale=s,
-                prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip, **key,
+                prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip, seed=self.seed, step=self.step,
+                chain_id=self.chain_id,
             )  # fmt: skip
             self.accepted.add_(accepted)
             self.record(~log_alpha.isnan(), energy)
@@ -175,13 +180,13 @@ class Chains:
             elif not (self.kept_tell or math.isfinite(energy.sum())):  # a finite sum clears them all
                 self.record(energy.isfinite(), energy)
             self.keep(energy, energy.dtype, row)
-            sampler._step(self.x, grad, h, s, **key)
+            self.take_step(grad, h, s, self.step)
         self.step += 1  # in place where it is a tensor
 
     def keep(self, energy: Tensor, dtype: torch.dtype, row: int) -> None:
         """A copy: it may be a view of the state that the step moves."""
         if not self.late:
-            self.listed.append(energy.to(dtype, copy=True))
+            self.listed.append(energy.clone() if energy.dtype is dtype else energy.to(dtype))
             return
         if self.energies is None:
             self.energies = energy.new_empty(self.block, len(energy), dtype=dtype)

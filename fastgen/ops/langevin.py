@@ -5,6 +5,7 @@ itself reads, so that a CUDA graph can advance it; the integer is then not looke
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,6 +136,26 @@ def direct(x: Tensor, *arguments: Any) -> None:
     written = [t for t in (x, arguments[6], arguments[7]) if t is not None and not t.is_inference()]
     torch.autograd.graph.increment_version(written)
     _step(x, *arguments)
+
+
+def repeated(x: Tensor, chain_id: Tensor | None, seed: int) -> Callable[[Tensor, int, tuple[float, ...]], None] | None:
+    """`direct` of the same x again and again, given grad, step and (η, s, 1/σ², c, low, high): what else the kernel is
+    told, it is told once. None where it is not the C++ kernel's, or x not as that takes it."""
+    module = backend.extension()
+    if backend.choose("langevin", x.device) != "cpp" or module is None:
+        return None
+    if not (x.is_contiguous() and runs_directly(x, chain_id)):
+        return None
+    chain_id = None if chain_id is None else chain_id.contiguous()
+    told = cpp_step(x, x, None, None, [chain_id, None, None], (0.0,) * 7, False, seed, 0)
+    written = () if x.is_inference() else (x,)
+
+    def again(grad: Tensor, step: int, scalars: tuple[float, ...], chain_id: Tensor | None = chain_id) -> None:
+        torch.autograd.graph.increment_version(written)
+        word = reference.PURPOSE_NOISE << 28 | step % reference.STEPS
+        module.langevin_again(told, grad.data_ptr(), *scalars, word, torch.get_num_threads())
+
+    return again
 
 
 @torch.library.impl("fastgen::langevin_noise_", ("CPU", "CUDA"))

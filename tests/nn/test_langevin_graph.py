@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from fastgen.functional.langevin import Steps
 from fastgen.nn import LangevinRun, LangevinSampler, langevin_graph
 
 
@@ -339,14 +340,14 @@ def test_a_chain_alone_reads_its_schedule_at_whole_sixteens(
     dtype: torch.dtype, tapes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One number for one chain is read where it lies; elsewhere Triton would load another kernel within a capture."""
-    step, places = LangevinSampler._step, set()
+    call, places = Steps.__call__, set()
 
-    def watched(self: LangevinSampler, x: Tensor, grad: Tensor, *scales: Tensor, **key: Any) -> None:
-        places.update(scale.expand(1).contiguous().data_ptr() % 16 for scale in scales if isinstance(scale, Tensor))
-        step(self, x, grad, *scales, **key)
+    def watched(self: Steps, grad: Tensor, h: Any, s: Any, step: Any) -> None:
+        places.update(scale.expand(1).contiguous().data_ptr() % 16 for scale in (h, s) if isinstance(scale, Tensor))
+        call(self, grad, h, s, step)
 
     sampler = LangevinSampler(Net().to(dtype), step_size=lambda k: 0.3 / (k + 1), n_steps=5)
-    monkeypatch.setattr(LangevinSampler, "_step", watched)
+    monkeypatch.setattr(Steps, "__call__", watched)
     for seed in range(3):
         sampler(torch.randn(1, 3, 4, dtype=dtype), seed=seed)
     assert len(tapes) == 2
