@@ -81,14 +81,17 @@ def langevin_accept_(
     return log_alpha, accepted
 
 
-def decision_words(chain_id: Tensor, *, seed: Tensor, step: Tensor) -> Tensor:
-    """[C, 4] int64 in [0, 2³²): the words that a replay buffer decides with, as `_words` of purpose 2."""
-    return _words(chain_id, 4, seed, step, PURPOSE_DECIDE)
+def decisions(chain_id: Tensor, *, seed: Tensor, step: Tensor) -> Tensor:
+    """[C, 2] int64 in [0, 2⁶²), what a replay buffer decides with: of purpose 2, the upper 31 bits of words 0 and 1, and
+    of words 2 and 3, the earlier word above the later."""
+    pair = _words(chain_id, 4, seed, step, PURPOSE_DECIDE).view(torch.int64)
+    return ((pair & 0xFFFFFFFE) << 30) | ((pair >> 33) & 0x7FFFFFFF)
 
 
 def fresh_uniforms(chain_id: Tensor, elements: int, *, seed: Tensor, step: Tensor) -> Tensor:
     """[C, elements] float32 on the midpoints of 2²³ cells of (0, 1), of purpose 3."""
-    return ((_words(chain_id, elements, seed, step, PURPOSE_FRESH) >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    words = _words(chain_id, elements, seed, step, PURPOSE_FRESH)
+    return (((words >> 9) & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def fresh_normals(chain_id: Tensor, elements: int, *, seed: Tensor, step: Tensor) -> Tensor:
@@ -99,6 +102,7 @@ def fresh_normals(chain_id: Tensor, elements: int, *, seed: Tensor, step: Tensor
 
 
 def _words(chain_id: Tensor, elements: int, seed: Tensor, step: Tensor, purpose: int) -> Tensor:
+    """[C, elements] int32, the words' bits."""
     out = torch.empty(len(chain_id), elements, dtype=torch.int32, device=chain_id.device)
     torch.ops.fastgen.langevin_noise_(out, chain_id, seed, step, 0, 0, purpose)
-    return out.long() & 0xFFFFFFFF
+    return out

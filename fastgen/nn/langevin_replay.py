@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import check
-from fastgen.functional.langevin_mala import decision_words, fresh_normals, fresh_uniforms
+from fastgen.functional.langevin_mala import decisions, fresh_normals, fresh_uniforms
 from fastgen.reference.langevin import STEPS
 
 
@@ -112,11 +112,10 @@ class ReplayBuffer(nn.Module):
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         n = check.integer("n", n, least=0, most=self.capacity)
         seed, draw = self.key[0], self.key[1]
-        words = decision_words(torch.arange(self.capacity, device=self.key.device), seed=seed, step=draw)
+        key, chance = decisions(torch.arange(self.capacity, device=self.key.device), seed=seed, step=draw).unbind(1)
         # A random key for each chain, the smallest n: 62 bits, so that ties are out of the question.
-        index = ((words[:, 0] >> 1 << 31) | words[:, 1] >> 1).argsort(stable=True)[:n]
-        chance = (words[index, 2] >> 1 << 31) | words[index, 3] >> 1
-        renewed = chance < round(self.reinit_probability * 2**62)
+        index = key.topk(n, largest=False, sorted=True).indices
+        renewed = chance[index] < round(self.reinit_probability * 2**62)
         x = self._values(self.storage[index])
         if x.device.type == "cpu":
             x[renewed] = self._fresh(index[renewed], draw)
