@@ -266,9 +266,10 @@ class LangevinSampler(nn.Module):
 
 def _grad(energy: Tensor, state: Tensor) -> Tensor | None:
     """Of the sum of the energies. torch.autograd.grad looks its arguments over for a fifth of a small network's step:
-    between plain tensors it has nothing to find."""
+    between plain tensors it has nothing to find, unless somebody watches the call."""
     ones = torch.ones_like(energy)
-    if type(energy) is type(state) is Tensor and not torch.compiler.is_compiling():
+    watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_function_stack()
+    if type(energy) is type(state) is Tensor and not watched:
         run = torch.autograd.graph._engine_run_backward
         found: tuple[Tensor | None, ...] = run((energy,), (ones,), False, False, (state,), True, accumulate_grad=False)
     else:

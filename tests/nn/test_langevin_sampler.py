@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastgen import functional as F
 from fastgen.nn import Divergence, LangevinSampler
@@ -361,3 +362,17 @@ def test_an_energy_that_waits_for_the_device_falls_back() -> None:
     del block
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before  # nor does its allocator take a capture to be under way
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return tuple(2 * g for g in found) if func is torch.autograd.grad else found
+
+
+def test_a_function_mode_sees_the_gradient_taken() -> None:
+    x = torch.randn(3, 2)
+    with Doubling():
+        doubled = LangevinSampler(lambda x: x.square().sum(1), step_size=0.01, n_steps=3)(x, seed=1)
+    expected = LangevinSampler(lambda x: 2 * x.square().sum(1), step_size=0.01, n_steps=3)(x, seed=1)
+    assert torch.equal(doubled, expected)
