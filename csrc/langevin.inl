@@ -6,13 +6,13 @@ constexpr int64_t BLOCK = 4096;  // elements
 
 constexpr int SPARE = 8 * LANES;  // room behind a buffer of noise: two batches are written at a time
 
-// Where the update will read: fetched while the noise is made, which leaves the memory idle.
+// What the update will read: fetched while the noise is made, which leaves the memory idle.
 struct Ahead {
     const char *x, *grad;
-    int64_t size;  // of an element, in bytes
+    int64_t bytes, size;  // of all elements, and of one
 
     void fetch(int64_t first, int64_t count) const {
-        for (int64_t at = first * size; at < (first + count) * size; at += 64) {
+        for (int64_t at = first * size; at < std::min(bytes, (first + count) * size); at += 64) {
             __builtin_prefetch(x + at, 1, 3);
             __builtin_prefetch(grad + at, 0, 3);
         }
@@ -232,8 +232,9 @@ static void partition(const LangevinStep& s, bool noisy, const Body& body) {
         const int64_t chain = cut ? task / pieces : task * together, chains = cut ? 1 : std::min(together, s.chains - chain);
         const int64_t first = cut ? task % pieces * BLOCK : 0, count = cut ? std::min(BLOCK, s.elements - first) : s.elements;
         if (noisy) {
-            const int64_t offset = (chain * s.elements + first) * size;
-            const Ahead ahead{static_cast<const char*>(s.x) + offset, static_cast<const char*>(s.grad) + offset, size};
+            const int64_t offset = s.grad == nullptr ? 0 : (chain * s.elements + first) * size;
+            const Ahead ahead{static_cast<const char*>(s.x) + offset, static_cast<const char*>(s.grad) + offset,
+                              s.grad == nullptr ? 0 : chains * count * size, size};
             if (cut)
                 fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys, ahead);
             else

@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastgen: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        out = _out(argv) if argv[0] in ("train", "compare") else None
-        begun = out is not None and [run for of in ("", "*/") for run in Path(out).glob(f"{of}run.json")]
-        further = "; --resume goes on from the last checkpoint" if begun else ""
+        further = "; --resume goes on from the last checkpoint" if _begun(argv) else ""
         print(f"fastgen: interrupted{further}", file=sys.stderr)
         return 130
     return 0
@@ -120,8 +118,8 @@ def _training(command: str, argv: list[str], among: dict[str, tuple[str, str]]) 
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     resumed = _stored(name, argv) if command == "train" and _wants_resume(argv) else []
     parsed = parser.parse_args([*resumed, *argv])
-    for needed in ("data", "out"):
-        if getattr(parsed, needed) is None:
+    for needed, value in (("data", parsed.data), ("out", parsed.out or None)):
+        if value is None:
             raise UserError(f"{needed}: expected --{needed}; `fastgen {command} {name} --help` lists the options")
     built = parser.instantiate(parsed)
     _quiet()
@@ -151,9 +149,23 @@ def _wants_resume(argv: list[str]) -> bool:
 
 
 def _out(argv: list[str]) -> str | None:
-    """The run's folder; None where a --config file may name it."""
-    out = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--out"), None)
-    return out or next((a.removeprefix("--out=") for a in argv if a.startswith("--out=")), None)
+    """The run's folder, the last that is named; None where a --config file may name it."""
+    out = ""
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--out":
+            out = after
+        elif word.startswith("--out="):
+            out = word.removeprefix("--out=")
+    return out or None
+
+
+def _begun(argv: list[str]) -> bool:
+    """Whether there is, or may be, a run to go on with."""
+    runs = {"train": "run.json", "compare": "*/run.json"}.get(argv[0])
+    if runs is None:
+        return False
+    out = _out(argv)
+    return any(a.startswith("--config") for a in argv) if out is None else any(Path(out).glob(runs))
 
 
 def _stored(name: str, argv: list[str]) -> list[str]:

@@ -99,8 +99,9 @@ def langevin_step_(
 
 
 class Steps:
-    """`langevin_step_` of the same x, seed and chains again and again: of a small state most of a step is checks, and
-    what does not change from step to step is looked at once."""
+    """`langevin_step_` of the same x, seed and chains again and again, for a caller who has checked the numbers of the
+    steps and takes no gradient of x: of a small state most of a step is checks, and what does not change from step to
+    step, the kernel included, is looked at once."""
 
     def __init__(
         self,

@@ -82,8 +82,8 @@ def langevin_accept_(
 
 
 def decisions(chain_id: Tensor, *, seed: Tensor, step: Tensor) -> Tensor:
-    """[C, 2] int64 in [0, 2⁶²), what a replay buffer decides with: of purpose 2, the upper 31 bits of words 0 and 1, and
-    of words 2 and 3, the earlier word above the later."""
+    """[C, 2] int64 in [0, 2⁶²), what a replay buffer decides with: of purpose 2 the upper 31 bits of words 0 and 1, and
+    those of words 2 and 3, the earlier word above the later."""
     pair = _words(chain_id, 4, seed, step, PURPOSE_DECIDE).view(torch.int64)
     return ((pair & 0xFFFFFFFE) << 30) | ((pair >> 33) & 0x7FFFFFFF)
 

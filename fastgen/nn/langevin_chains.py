@@ -80,9 +80,10 @@ class Chains:
             self.step.fill_(first)
         else:
             self.seed, self.step = seed, first
+        self.drift = {"prior_scale": sampler.prior_scale, "grad_clip": sampler.grad_clip}
         self.take_step = Steps(
-            self.proposal if self.mala else self.x, prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip,
-            clamp=sampler.clamp, seed=self.seed, chain_id=self.chain_id,
+            self.proposal if self.mala else self.x, **self.drift, clamp=sampler.clamp, seed=self.seed,
+            chain_id=self.chain_id,
         )  # fmt: skip
         self.found: Tensor | None = None  # [C, K]: the energies
         self.listed: list[Tensor] = []
@@ -165,8 +166,7 @@ class Chains:
             energy, grad = self.gradient(self.proposal)
             log_alpha, accepted = langevin_accept_(
                 self.x, self.grad, self.energy, self.proposal, grad.contiguous(), energy, step_size=h, noise_scale=s,
-                prior_scale=sampler.prior_scale, grad_clip=sampler.grad_clip, seed=self.seed, step=self.step,
-                chain_id=self.chain_id,
+                **self.drift, seed=self.seed, step=self.step, chain_id=self.chain_id,
             )  # fmt: skip
             self.accepted.add_(accepted)
             self.record(~log_alpha.isnan(), energy)

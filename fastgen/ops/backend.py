@@ -98,6 +98,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
             type(t) not in _PLAIN
             or not (t.is_cuda or t.is_cpu)
             or t.is_neg()  # its memory has the other sign: torch's dispatcher says so to kernels
+            or t._is_zerotensor()  # it has no memory
             or _C._functorch.is_functorch_wrapped_tensor(t)  # kept from a transform that is over
         ):
             return False

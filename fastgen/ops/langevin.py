@@ -141,11 +141,10 @@ def direct(x: Tensor, *arguments: Any) -> None:
 def repeated(x: Tensor, chain_id: Tensor | None, seed: int) -> Callable[[Tensor, int, tuple[float, ...]], None] | None:
     """`direct` of the same x again and again, given grad, step and (η, s, 1/σ², c, low, high): what else the kernel is
     told, it is told once. None where it is not the C++ kernel's, or x not as that takes it."""
+    if not (runs_directly(x, chain_id) and x.is_contiguous()) or backend.choose("langevin", x.device) != "cpp":
+        return None
     module = backend.extension()
-    if backend.choose("langevin", x.device) != "cpp" or module is None:
-        return None
-    if not (x.is_contiguous() and runs_directly(x, chain_id)):
-        return None
+    assert module is not None
     chain_id = None if chain_id is None else chain_id.contiguous()
     told = cpp_step(x, x, None, None, [chain_id, None, None], (0.0,) * 7, False, seed, 0)
     written = () if x.is_inference() else (x,)
@@ -153,7 +152,8 @@ def repeated(x: Tensor, chain_id: Tensor | None, seed: int) -> Callable[[Tensor,
     def again(grad: Tensor, step: int, scalars: tuple[float, ...], chain_id: Tensor | None = chain_id) -> None:
         torch.autograd.graph.increment_version(written)
         word = reference.PURPOSE_NOISE << 28 | step % reference.STEPS
-        module.langevin_again(told, grad.data_ptr(), *scalars, word, torch.get_num_threads())
+        # x's address may change: sharing it with another process moves what it holds.
+        module.langevin_again(told, x.data_ptr(), grad.data_ptr(), *scalars, word, torch.get_num_threads())
 
     return again
 

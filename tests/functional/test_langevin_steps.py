@@ -66,7 +66,7 @@ UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("ids", [False, True])
 def test_the_same_bits(kind: str, dtype: torch.dtype, ids: bool, quick: list[int]) -> None:
     x, options = torch.randn(5, 13).to(dtype), {"prior_scale": 0.7, "grad_clip": 1.2, "clamp": (-1.0, 1.5)}
-    chain_id = torch.tensor([3, -1, 2**62, 0, 9]) if ids else None
+    chain_id = torch.tensor([3, -1, 2**62, 0, 9]).repeat_interleave(2)[::2] if ids else None
     seed = 2**64 - 3
     expected = x.clone()
     steps = Steps(x, seed=seed, chain_id=chain_id, **options)  # type: ignore[arg-type]
@@ -106,6 +106,25 @@ def test_a_graph_that_saved_the_state_sees_it_change() -> None:
     steps(torch.randn(3, 4), 0.1, 0.2, 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         energy.backward()
+
+
+def test_a_state_that_moves_to_shared_memory(quick: list[int]) -> None:
+    x, grads = torch.randn(30, 50), torch.randn(3, 30, 50)
+    expected = x.clone()
+    steps = Steps(x, prior_scale=None, grad_clip=None, clamp=None, seed=3, chain_id=None)
+    for k, grad in enumerate(grads):
+        steps(grad, 0.1, 0.2, k)
+        F.langevin_step_(expected, grad, step_size=0.1, noise_scale=0.2, seed=3, step=k)
+        x.share_memory_()
+    assert torch.equal(x, expected)
+    assert quick == ([0, 1, 2] if backend.extension() else [])
+
+
+def test_a_gradient_without_memory_is_zero() -> None:
+    x, zero = torch.full((2, 4), 100.0), torch._efficientzerotensor((2, 4))
+    expected = F.langevin_step_(x.clone(), torch.zeros(2, 4), step_size=0.1, noise_scale=0.2, seed=3)
+    Steps(x, prior_scale=None, grad_clip=None, clamp=None, seed=3, chain_id=None)(zero, 0.1, 0.2, 0)
+    assert torch.equal(x, expected)
 
 
 def test_a_gradient_that_is_none_of_x_is_refused() -> None:

@@ -445,3 +445,15 @@ def test_forward_mode_and_vmap_are_refused():
         torch.vmap(lambda a: F.nearest(a, y).distance)(x[None])
     with pytest.raises(NotImplementedError, match="vmap is not built"):
         torch.vmap(lambda a: torch.ops.fastgen.nearest_distance(a, y, torch.zeros(10, 1, dtype=torch.int64)))(x[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_new_tensors_would_be_by_default_does_not_matter(dtype, kernel):
+    if kernel == "reference":
+        pytest.skip("plain torch, on the operands' device")
+    query, database = torch.randn(7, 5).to(dtype), torch.randn(90, 5).to(dtype)
+    expected = F.nearest(query, database, k=2)
+    with torch.device("meta"):
+        found = F.nearest(query, database, k=2)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)

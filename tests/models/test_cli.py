@@ -119,18 +119,27 @@ def test_samples_that_find_no_room_are_named(run: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "a.npy").exists()
 
 
+GO_ON = "; --resume goes on from the last checkpoint"
+
+
 @pytest.mark.parametrize(
-    ("command", "begun", "advice"),
+    ("command", "begun", "options", "advice"),
     [
-        ("train", "run.json", "; --resume goes on from the last checkpoint"),
-        ("compare", "frame-0/run.json", "; --resume goes on from the last checkpoint"),
-        ("train", None, ""),
-        ("sample", "run.json", ""),
+        ("train", "a/run.json", ["--out", "a"], GO_ON),
+        ("train", "a/run.json", ["--out=b", "--out", "b", "--out=a"], GO_ON),
+        ("train", "a/run.json", ["--out=a", "--out", "b"], ""),
+        ("train", "a/b/run.json", ["--out=a"], ""),
+        ("train", "run.json", ["--out="], ""),
+        ("train", "a/run.json", ["--config=c.yaml"], GO_ON),  # which may name it
+        ("compare", "a/frame-0/run.json", ["--out=a"], GO_ON),
+        ("compare", "a/run.json", ["--out=a"], ""),
+        ("sample", "a/run.json", ["a", "--out=a"], ""),
     ],
 )
 def test_interrupted(
     command: str,
-    begun: str | None,
+    begun: str,
+    options: list[str],
     advice: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -140,10 +149,10 @@ def test_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, command, stopped)
-    if begun is not None:
-        (tmp_path / begun).parent.mkdir(exist_ok=True)
-        (tmp_path / begun).write_text("{}")
-    assert main([command, "--out", str(tmp_path)]) == 130
+    monkeypatch.chdir(tmp_path)
+    Path(begun).parent.mkdir(parents=True, exist_ok=True)
+    Path(begun).write_text("{}")
+    assert main([command, *options]) == 130
     assert capsys.readouterr().err == f"fastgen: interrupted{advice}\n"
 
 

@@ -376,3 +376,40 @@ def test_a_function_mode_sees_the_gradient_taken() -> None:
         doubled = LangevinSampler(lambda x: x.square().sum(1), step_size=0.01, n_steps=3)(x, seed=1)
     expected = LangevinSampler(lambda x: 2 * x.square().sum(1), step_size=0.01, n_steps=3)(x, seed=1)
     assert torch.equal(doubled, expected)
+
+
+def test_dynamo_meets_no_cached_function() -> None:
+    sampler, x = LangevinSampler(quadratic, step_size=0.1, n_steps=3), torch.randn(4, 6)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = torch.compile(sampler, backend="eager")(x, seed=1)
+    assert torch.equal(found, sampler(x, seed=1))
+    assert not [w for w in told if "cache" in str(w.message)]
+
+
+def test_a_step_leaves_no_graph() -> None:
+    energies: list[Tensor] = []
+
+    def energy(x: Tensor) -> Tensor:
+        energies.append(quadratic(x))
+        return energies[-1]
+
+    LangevinSampler(energy, step_size=0.1, n_steps=2)(torch.randn(4, 6), seed=1)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        energies[0].sum().backward()
+
+
+def test_an_energy_that_changes_the_options_changes_the_next_call() -> None:
+    x = torch.randn(20, 6)
+    for method in ("ula", "mala"):
+        sampler = LangevinSampler(quadratic, step_size=0.5, n_steps=4, prior_scale=0.5, method=method)
+        expected = sampler(x, seed=1)
+
+        def energy(x: Tensor, of: LangevinSampler = sampler) -> Tensor:
+            of.prior_scale, of.grad_clip = 5.0, 1e-3
+            return quadratic(x)
+
+        sampler.energy = energy
+        assert torch.equal(sampler(x, seed=1), expected)
+        assert not torch.equal(sampler(x, seed=1), expected)
