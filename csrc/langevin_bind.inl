@@ -18,8 +18,8 @@ void bind_langevin(py::module_& m) {
     m.def("langevin", &langevin, py::call_guard<py::gil_scoped_release>());
     m.def(
         "langevin_again",
-        [](LangevinStep& s, uintptr_t x, uintptr_t grad, double step_size, double noise_scale, double precision, double grad_clip,
-           double low, double high, uint32_t step, int threads) {
+        [](LangevinStep& s, uintptr_t x, uintptr_t grad, double step_size, double noise_scale, double precision,
+           double grad_clip, double low, double high, uint32_t step, int threads) {
             s.x = reinterpret_cast<void*>(x), s.grad = reinterpret_cast<const void*>(grad);
             s.step_size = step_size, s.noise_scale = noise_scale, s.precision = precision, s.grad_clip = grad_clip;
             s.low = low, s.high = high, s.step = step, s.threads = threads;

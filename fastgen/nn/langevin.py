@@ -264,14 +264,17 @@ class LangevinSampler(nn.Module):
         return energy.detach(), grad
 
 
+_ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", None)  # torch's own, and so not promised
+
+
 def _grad(energy: Tensor, state: Tensor) -> Tensor | None:
     """Of the sum of the energies. torch.autograd.grad looks its arguments over for a fifth of a small network's step:
     between plain tensors it has nothing to find, unless somebody watches the call."""
     ones = torch.ones_like(energy)
     watched = torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_function_stack()
-    if type(energy) is type(state) is Tensor and not watched:
-        run = torch.autograd.graph._engine_run_backward
-        found: tuple[Tensor | None, ...] = run((energy,), (ones,), False, False, (state,), True, accumulate_grad=False)
+    found: tuple[Tensor | None, ...]
+    if _ENGINE is not None and type(energy) is type(state) is Tensor and not watched:
+        found = _ENGINE((energy,), (ones,), False, False, (state,), True, accumulate_grad=False)
     else:
         found = torch.autograd.grad(energy, state, ones, allow_unused=True)
     return found[0]
