@@ -2,11 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "type.h"
+
 namespace fastgen {
-
-enum class Type : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
-
-inline int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 struct LangevinStep {
     void* x;            // [chains, elements], contiguous, as all that follows

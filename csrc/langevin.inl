@@ -11,6 +11,14 @@ struct Ahead {
     const char *x, *grad;
     int64_t bytes, size;  // of all elements, and of one
 
+    // Of s, elements from `first` on; noise alone reads nothing.
+    Ahead(const LangevinStep& s, int64_t first, int64_t count)
+        : x(nullptr), grad(nullptr), bytes(0), size(bytes_of(s.type)) {
+        if (s.grad == nullptr) return;
+        x = static_cast<const char*>(s.x) + first * size, grad = static_cast<const char*>(s.grad) + first * size;
+        bytes = count * size;
+    }
+
     void fetch(int64_t first, int64_t count) const {
         for (int64_t at = first * size; at < std::min(bytes, (first + count) * size); at += 64) {
             __builtin_prefetch(x + at, 1, 3);
@@ -222,25 +230,24 @@ static int64_t pieces_of(const LangevinStep& s) { return is_cut(s) ? (s.elements
 template <class Body>
 static void partition(const LangevinStep& s, bool noisy, const Body& body) {
     const Keys keys(s.seed);
-    const int64_t size = bytes_of(s.type);
     const bool cut = is_cut(s);
     const int64_t together = cut ? 1 : BLOCK / ((s.elements + 3) / 4 * 4), pieces = pieces_of(s);
     const int64_t tasks = (s.chains + together - 1) / together * pieces;
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.chains * s.elements > 32768)
     for (int64_t task = 0; task < tasks; ++task) {
         alignas(64) float noise[BLOCK + SPARE];
-        const int64_t chain = cut ? task / pieces : task * together, chains = cut ? 1 : std::min(together, s.chains - chain);
-        const int64_t first = cut ? task % pieces * BLOCK : 0, count = cut ? std::min(BLOCK, s.elements - first) : s.elements;
-        if (noisy) {
-            const int64_t offset = s.grad == nullptr ? 0 : (chain * s.elements + first) * size;
-            const Ahead ahead{static_cast<const char*>(s.x) + offset, static_cast<const char*>(s.grad) + offset,
-                              s.grad == nullptr ? 0 : chains * count * size, size};
-            if (cut)
-                fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys, ahead);
-            else
-                fill_chains(noise, s, chain, chains, keys, ahead);
+        if (cut) {
+            const int64_t chain = task / pieces, first = task % pieces * BLOCK;
+            const int64_t count = std::min(BLOCK, s.elements - first);
+            const Ahead ahead(s, chain * s.elements + first, count);
+            if (noisy) fill_chain(noise, first, count, s.chain_id ? s.chain_id[chain] : chain, s.step, keys, ahead);
+            body(chain, 1, task % pieces, first, count, noisy ? noise : nullptr);
+        } else {
+            const int64_t chain = task * together, chains = std::min(together, s.chains - chain);
+            const Ahead ahead(s, chain * s.elements, chains * s.elements);
+            if (noisy) fill_chains(noise, s, chain, chains, keys, ahead);
+            body(chain, chains, 0, 0, s.elements, noisy ? noise : nullptr);
         }
-        body(chain, chains, cut ? task % pieces : 0, first, count, noisy ? noise : nullptr);
     }
 }
 

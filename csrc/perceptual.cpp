@@ -22,12 +22,6 @@
 
 namespace fastgen {
 
-namespace {
-
-int64_t bytes_of(MapType type) { return type == MapType::float64 ? 8 : type == MapType::float32 ? 4 : 2; }
-
-}  // namespace
-
 void lpips_layer(const LpipsLayer& layer) {
     for (void* out : {layer.out0, layer.out1}) large_pages(out, layer.n * layer.c * layer.pixels * bytes_of(layer.type));
     FASTGEN_DISPATCH(lpips_layer, layer);

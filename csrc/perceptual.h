@@ -1,9 +1,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastgen {
+#include "type.h"
 
-enum class MapType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+namespace fastgen {
 
 // Maps f and what is written like them are of `type`, all other numbers double where that is float64, else float.
 
@@ -15,7 +15,7 @@ struct LpipsLayer {
     int64_t n, c, pixels;
     double eps;
     bool inside, last;
-    MapType type;
+    Type type;
     int threads;
 };
 
@@ -27,7 +27,7 @@ struct LpipsProject {
     uint64_t seed;
     double eps;
     bool inside;
-    MapType type;
+    Type type;
     int threads;
 };
 
@@ -37,7 +37,7 @@ struct FeatureDistance {
     void *value, *out;  // one of them is null
     int64_t n, size;
     bool squared;
-    MapType type;
+    Type type;
     int threads;
 };
 

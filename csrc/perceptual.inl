@@ -278,10 +278,10 @@ static void lpips_layer(const LpipsLayer& k) {
     if (k.n == 0) return;
     const bool back = k.value == nullptr;
     switch (k.type) {
-        case MapType::float32: return back ? lpips_slopes_of<float>(k) : lpips_layer_of<float>(k);
-        case MapType::float64: return back ? lpips_slopes_of<double>(k) : lpips_layer_of<double>(k);
-        case MapType::bfloat16: return back ? lpips_slopes_of<Bfloat16>(k) : lpips_layer_of<Bfloat16>(k);
-        case MapType::float16: return back ? lpips_slopes_of<Float16>(k) : lpips_layer_of<Float16>(k);
+        case Type::float32: return back ? lpips_slopes_of<float>(k) : lpips_layer_of<float>(k);
+        case Type::float64: return back ? lpips_slopes_of<double>(k) : lpips_layer_of<double>(k);
+        case Type::bfloat16: return back ? lpips_slopes_of<Bfloat16>(k) : lpips_layer_of<Bfloat16>(k);
+        case Type::float16: return back ? lpips_slopes_of<Float16>(k) : lpips_layer_of<Float16>(k);
     }
 }
 
@@ -369,10 +369,10 @@ static void feature_distance_of(const FeatureDistance& k) {
 static void feature_distance(const FeatureDistance& k) {
     if (k.n == 0) return;
     switch (k.type) {
-        case MapType::float32: return feature_distance_of<float>(k);
-        case MapType::float64: return feature_distance_of<double>(k);
-        case MapType::bfloat16: return feature_distance_of<Bfloat16>(k);
-        case MapType::float16: return feature_distance_of<Float16>(k);
+        case Type::float32: return feature_distance_of<float>(k);
+        case Type::float64: return feature_distance_of<double>(k);
+        case Type::bfloat16: return feature_distance_of<Bfloat16>(k);
+        case Type::float16: return feature_distance_of<Float16>(k);
     }
 }
 

@@ -7,7 +7,7 @@ void bind_perceptual(py::module_& m) {
             const LpipsLayer k{reinterpret_cast<const void*>(f0), reinterpret_cast<const void*>(f1),
                                reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(grad),
                                reinterpret_cast<void*>(value), reinterpret_cast<void*>(kept),
-                               reinterpret_cast<void*>(out0), reinterpret_cast<void*>(out1), n, c, pixels, eps, inside, last, static_cast<MapType>(type), threads};
+                               reinterpret_cast<void*>(out0), reinterpret_cast<void*>(out1), n, c, pixels, eps, inside, last, static_cast<Type>(type), threads};
             lpips_layer(k);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -16,7 +16,7 @@ void bind_perceptual(py::module_& m) {
         [](uintptr_t f, uintptr_t weight, uintptr_t grad, uintptr_t out, int64_t n, int64_t c, int64_t pixels, int64_t dim,
            int64_t layer, uint64_t seed, double eps, bool inside, int type, int threads) {
             const LpipsProject k{reinterpret_cast<const void*>(f), reinterpret_cast<const void*>(weight),
-                                 reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(out), n, c, pixels, dim, layer, seed, eps, inside, static_cast<MapType>(type), threads};
+                                 reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(out), n, c, pixels, dim, layer, seed, eps, inside, static_cast<Type>(type), threads};
             lpips_project(k);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -26,7 +26,7 @@ void bind_perceptual(py::module_& m) {
            bool squared, int type, int threads) {
             const FeatureDistance k{reinterpret_cast<const void*>(f0), reinterpret_cast<const void*>(f1),
                                     reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(value),
-                                    reinterpret_cast<void*>(out), n, size, squared, static_cast<MapType>(type), threads};
+                                    reinterpret_cast<void*>(out), n, size, squared, static_cast<Type>(type), threads};
             feature_distance(k);
         },
         py::call_guard<py::gil_scoped_release>());

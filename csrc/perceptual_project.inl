@@ -139,9 +139,9 @@ static void lpips_either_way(const LpipsProject& k) {
 static void lpips_project(const LpipsProject& k) {
     if (k.n == 0) return;
     switch (k.type) {
-        case MapType::float32: return lpips_either_way<float>(k);
-        case MapType::float64: return lpips_either_way<double>(k);
-        case MapType::bfloat16: return lpips_either_way<Bfloat16>(k);
-        case MapType::float16: return lpips_either_way<Float16>(k);
+        case Type::float32: return lpips_either_way<float>(k);
+        case Type::float64: return lpips_either_way<double>(k);
+        case Type::bfloat16: return lpips_either_way<Bfloat16>(k);
+        case Type::float16: return lpips_either_way<Float16>(k);
     }
 }

@@ -137,10 +137,9 @@ class Steps:
             and grad.is_contiguous()
             and _ops.runs_directly(grad)
         ):
-            between = abs(x.data_ptr() - grad.data_ptr())
-            if between == 0 or between >= x.nbytes:
-                _, _, scalars, interval = _scales(x, self._clamp, step_size, noise_scale, *self._more)
-                return self._again(grad, step, (*scalars, *interval))
+            _apart(x, grad, None, None)
+            _, _, scalars, interval = _scales(x, self._clamp, step_size, noise_scale, *self._more)
+            return self._again(grad, step, (*scalars, *interval))
         prior_scale, grad_clip = self._more
         langevin_step_(
             x, grad, step_size=step_size, noise_scale=noise_scale, prior_scale=prior_scale, grad_clip=grad_clip,
@@ -224,13 +223,13 @@ def _apart(x: Tensor, grad: Tensor, out: Tensor | None, stats: Tensor | None) ->
     """What is written shares no memory with anything else, but that grad may be x itself."""
     if torch.compiler.is_compiling():  # there are no addresses
         return
-    given = {"x": x, "grad": grad, "lookahead[1]": out, "stats": stats}
     spans = {}
     try:
         if out is None and stats is None and x.is_contiguous() and grad.is_contiguous():
             between = abs(x.data_ptr() - grad.data_ptr())
             if between == 0 or between >= x.nbytes:
                 return
+        given = {"x": x, "grad": grad, "lookahead[1]": out, "stats": stats}
         for name, value in given.items():
             if value is not None and value.numel() and (start := value.data_ptr()):
                 last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))

@@ -157,8 +157,6 @@ class Chains:
             self.energy.zero_()
 
     def advance(self, h: Any, s: Any, row: int = 0) -> None:
-        sampler = self.sampler
-        assert sampler is not None
         if self.mala:
             self.keep(self.energy, self.told, row)
             self.proposal.copy_(self.x)

@@ -149,6 +149,7 @@ def repeated(x: Tensor, chain_id: Tensor | None, seed: int) -> Callable[[Tensor,
     told = cpp_step(x, x, None, None, [chain_id, None, None], (0.0,) * 7, False, seed, 0)
     written = () if x.is_inference() else (x,)
 
+    # The default keeps alive what only an address names.
     def again(grad: Tensor, step: int, scalars: tuple[float, ...], chain_id: Tensor | None = chain_id) -> None:
         torch.autograd.graph.increment_version(written)
         word = reference.PURPOSE_NOISE << 28 | step % reference.STEPS

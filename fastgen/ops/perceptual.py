@@ -33,7 +33,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastgen::{_name}", _schema)
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # MapType of csrc/perceptual.h
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/type.h
 
 
 def _like(f: Tensor, value: Tensor) -> Tensor:

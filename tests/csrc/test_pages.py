@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgen import functional as F
 from fastgen.ops import backend
 
 MIB = 1 << 20
 SMAPS = Path("/proc/self/smaps")
+
+pytestmark = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without large pages"
+)
 
 
 def asked_for(start: int, end: int) -> int:
@@ -26,8 +31,7 @@ def asked_for(start: int, end: int) -> int:
 @pytest.mark.parametrize(("offset", "size"), [(0, 64 * MIB), (4097, 40 * MIB + 3), (64, 32 * MIB), (0, 32 * MIB - 1)])
 def test_whole_pages_within_the_memory(offset: int, size: int) -> None:
     module = backend.extension()
-    if module is None or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("no extension, or no large pages here")
+    assert module is not None
     memory = torch.empty(size + offset + 16 * MIB, dtype=torch.uint8)
     base, large = memory.data_ptr(), 2 * MIB
     start, end = base + offset, base + offset + size
@@ -41,10 +45,6 @@ def test_whole_pages_within_the_memory(offset: int, size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["noise", "distance"])
 def test_outputs_are_asked_for(kind: str) -> None:
-    from fastgen import functional as F
-
-    if backend.extension() is None or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("no extension, or no large pages here")
     if kind == "noise":
         out = F.langevin_noise((1, 40 * MIB // 4), seed=1)
     else:

@@ -449,8 +449,6 @@ def test_forward_mode_and_vmap_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_new_tensors_would_be_by_default_does_not_matter(dtype, kernel):
-    if kernel == "reference":
-        pytest.skip("plain torch, on the operands' device")
     query, database = torch.randn(7, 5).to(dtype), torch.randn(90, 5).to(dtype)
     expected = F.nearest(query, database, k=2)
     with torch.device("meta"):
